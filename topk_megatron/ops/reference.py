@@ -1,0 +1,47 @@
+"""The definition of top-k-plus-mask, by a stable sort: the oracle of every test.
+
+``y[i] = x[i] if i in S else +0`` where S holds the k coordinates of the last dimension with the
+largest key (``x`` in mode ``value``, ``|x|`` in mode ``abs``); ties go to the lowest index, +0 and
+-0 are equal keys, and NaN is larger than everything. ``torch.topk`` breaks ties differently on each
+device and is therefore never used here.
+"""
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+
+
+def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Select the k largest of each row.
+
+    Args:
+        x: [..., H], any real floating dtype.
+        k: number of coordinates kept, 1 <= k <= H.
+        mode: ``value`` or ``abs``.
+
+    Returns:
+        y: [..., H], x where selected (bitwise) and +0 elsewhere.
+        bits: int32 [..., ceil(H / 32)]; bit j of word w is set when coordinate 32 w + j is selected.
+    """
+    key = x.abs() if mode == "abs" else x
+    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)), pack_bits(mask)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a boolean mask [..., H] into int32 words [..., ceil(H / 32)], lowest bit first."""
+    padding = -mask.shape[-1] % WORD_BITS
+    padded = torch.nn.functional.pad(mask, (0, padding))
+    grouped = padded.reshape(*mask.shape[:-1], padded.shape[-1] // WORD_BITS, WORD_BITS)
+    weights = torch.ones(WORD_BITS, dtype=torch.int64, device=mask.device)
+    weights = weights << torch.arange(WORD_BITS, device=mask.device)
+    return (grouped.to(torch.int64) * weights).sum(dim=-1).to(torch.int32)
+
+
+def unpack_bits(bits: Tensor, hidden_size: int) -> Tensor:
+    """Inverse of `pack_bits`: int32 words [..., ceil(H / 32)] to a boolean mask [..., H]."""
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)
+    mask = (bits.unsqueeze(-1) >> shifts) & 1
+    return mask.reshape(*bits.shape[:-1], bits.shape[-1] * WORD_BITS)[..., :hidden_size].bool()

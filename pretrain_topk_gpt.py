@@ -1,0 +1,20 @@
+"""Pretrain a TopK language model (or its dense twin) with Megatron-Core.
+
+    torchrun --nproc-per-node 2 pretrain_topk_gpt.py --topk-k 32 --topk-layers all,-2 …
+
+takes every flag of Megatron's own GPT pretraining, plus the ``--topk-…`` group. On a machine
+without CUDA the same command runs on the CPU.
+"""
+
+from topk_megatron.device import prepare_device
+from topk_megatron.train.main import exit_on_user_error, run
+
+
+@exit_on_user_error
+def main() -> None:
+    """Choose the device before Megatron is imported, then train."""
+    run(prepare_device())
+
+
+if __name__ == "__main__":
+    main()

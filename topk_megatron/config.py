@@ -1,0 +1,181 @@
+"""`TopKConfig`: which layers pass a TopK, how many neurons survive, and how k anneals.
+
+Layers are counted from 0 over the whole model, whatever the pipeline layout (TopK Language Models,
+arXiv 2506.21468, section 3: the hidden state of a chosen layer keeps its k largest coordinates).
+"""
+
+import re
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from topk_megatron.errors import ConfigError
+
+Mode = Literal["value", "abs"]
+Anneal = Literal["constant", "linear", "cosine", "exponential"]
+
+DEFAULT_LAYERS = "all,-2"
+# k where the user names none: the sparsest setting at which small models train close to dense.
+DEFAULT_HIDDEN_PER_K = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig:
+    """Settings of the residual TopK of one model; validates itself.
+
+    Attributes:
+        hidden_size: H, the model's hidden size in neurons.
+        num_layers: transformer layers of the whole model.
+        k: neurons that survive at each TopK layer once annealing has ended, in [1, hidden_size].
+        layers: sorted layer numbers, counted from 0; empty means the dense model.
+        mode: ``value`` keeps the largest values (the paper's choice), ``abs`` the largest magnitudes.
+        anneal: how k gets from `anneal_start_k` to `k`; ``exponential`` is linear in log k.
+        anneal_start_k: k up to iteration `anneal_begin`.
+        anneal_begin: iteration at which k begins to change.
+        anneal_end: iteration from which k is final.
+
+    Raises:
+        ConfigError: a setting is out of its domain; names the flag to change.
+    """
+
+    hidden_size: int
+    num_layers: int
+    k: int
+    layers: tuple[int, ...]
+    mode: Mode = "value"
+    anneal: Anneal = "constant"
+    anneal_start_k: int | None = None
+    anneal_begin: int = 0
+    anneal_end: int = 0
+
+    def __post_init__(self) -> None:
+        _check_k("topk_k", self.k, self.hidden_size, "--topk-k")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"--topk-mode must be value or abs, got {self.mode!r}")
+        _check_layers(self.layers, self.num_layers)
+        self._check_anneal()
+
+    def _check_anneal(self) -> None:
+        if self.anneal not in get_args(Anneal):
+            allowed = ", ".join(get_args(Anneal))
+            raise ConfigError(f"--topk-anneal must be one of {allowed}, got {self.anneal!r}")
+        if self.anneal == "constant":
+            if self.anneal_start_k is not None or self.anneal_begin or self.anneal_end:
+                raise ConfigError(
+                    "--topk-anneal is constant, but a start k, begin or end of annealing was given; "
+                    "choose linear, cosine or exponential, or drop those flags"
+                )
+            return
+        if self.anneal_start_k is not None:
+            _check_k(
+                "anneal_start_k", self.anneal_start_k, self.hidden_size, "--topk-anneal-start-k"
+            )
+        if self.anneal_begin < 0:
+            raise ConfigError(f"--topk-anneal-begin must be at least 0, got {self.anneal_begin}")
+        if self.anneal_end <= self.anneal_begin:
+            raise ConfigError(
+                f"the anneal of k must end after it begins: --topk-anneal-begin is "
+                f"{self.anneal_begin}, --topk-anneal-end is {self.anneal_end}; raise the latter"
+            )
+
+    @property
+    def start_k(self) -> int:
+        """k before annealing begins; the hidden size (dense) unless the user chose another."""
+        if self.anneal == "constant":
+            return self.k
+        return self.hidden_size if self.anneal_start_k is None else self.anneal_start_k
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "TopKConfig":
+        """Build from parsed Megatron arguments with the ``--topk-…`` group."""
+        k = args.topk_k
+        if k is None:
+            k = max(1, args.hidden_size // DEFAULT_HIDDEN_PER_K)
+        return cls(
+            hidden_size=args.hidden_size,
+            num_layers=args.num_layers,
+            k=k,
+            layers=parse_layers(args.topk_layers, args.num_layers),
+            mode=args.topk_mode,
+            anneal=args.topk_anneal,
+            anneal_start_k=args.topk_anneal_start_k,
+            anneal_begin=args.topk_anneal_begin or 0,
+            anneal_end=args.topk_anneal_end or 0,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they travel in checkpoints; `from_dict` is the inverse."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "TopKConfig":
+        """Rebuild from a checkpoint's settings; a missing or unknown setting is an error."""
+        known = set(cls.__dataclass_fields__)
+        if set(settings) != known:
+            odd = ", ".join(sorted(set(settings) ^ known))
+            raise ConfigError(f"TopK settings have missing or unknown entries: {odd}")
+        return cls(**{**settings, "layers": tuple(settings["layers"])})
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Read a layer list such as ``0-9``, ``0,2,5``, ``all``, ``all,-2`` or ``none``.
+
+    Args:
+        text: comma-separated layer numbers and inclusive ranges, counted from 0. ``all,-N`` is
+            every layer but the last N.
+        num_layers: transformer layers of the whole model.
+
+    Returns:
+        Sorted layer numbers.
+
+    Raises:
+        ConfigError: not a layer list, a layer out of range or listed twice, or a list that comes
+            out empty without saying ``none``.
+    """
+    text = text.replace(" ", "")
+    if text == "none":
+        return ()
+    if match := re.fullmatch(r"all(?:,-(\d+))?", text):
+        dropped = int(match[1] or 0)
+        if dropped >= num_layers:
+            raise ConfigError(
+                f"--topk-layers {text} leaves no TopK layer in a model of {num_layers} layers; "
+                "name the layers, or say none for the dense model"
+            )
+        return tuple(range(num_layers - dropped))
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ConfigError(
+                f"--topk-layers takes numbers and ranges such as 0-9 or 0,2,5, or all, all,-2 or "
+                f"none; got {part!r} in {text!r}"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(f"--topk-layers: the range {part} runs backwards")
+        # Checked before the range is built: 0-99999999999 must not fill the memory.
+        _check_layers((first, last) if last > first else (first,), num_layers)
+        layers.extend(range(first, last + 1))
+    return _check_layers(tuple(sorted(layers)), num_layers)
+
+
+def _check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise ConfigError(
+                f"--topk-layers: layer {layer} is out of range; this model's layers are "
+                f"0 to {num_layers - 1}"
+            )
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ConfigError(f"--topk-layers: layer {twice[0]} is listed twice; list each layer once")
+    return layers
+
+
+def _check_k(name: str, k: int, hidden_size: int, flag: str) -> None:
+    if not 1 <= k <= hidden_size:
+        change = "raise" if k < 1 else "lower"
+        raise ConfigError(
+            f"{name} must be in [1, hidden_size={hidden_size}], got {k}; {change} {flag}"
+        )

@@ -1,0 +1,137 @@
+"""Puts TopK layers into whatever layer spec Megatron chose: local or Transformer Engine, dense or MoE.
+
+`GPTModelConfig.transformer_layer_spec` accepts a callable; ours asks Megatron for its own default
+spec and exchanges the class of the chosen layers, so that everything else stays stock.
+"""
+
+import functools
+import inspect
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend, LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from topk_megatron.model.norm import SequenceParallelNorm
+from topk_megatron.model.residual import with_topk
+from topk_megatron.model.runtime import TopKRuntime
+
+
+LayerSpec = ModuleSpec | TransformerBlockSubmodules
+
+
+def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
+    """Make `config` build TopK layers, on top of the spec it has (``--spec``); returns it."""
+    config.transformer_layer_spec = functools.partial(  # pyright: ignore[reportAttributeAccessIssue]
+        topk_layer_spec, runtime, config.transformer_layer_spec
+    )
+    return config
+
+
+def topk_layer_spec(
+    runtime: TopKRuntime, stock: Any, config: GPTModelConfig, vp_stage: int | None = None
+) -> LayerSpec:
+    """The spec of the layers in one model chunk of this rank.
+
+    Without a TopK layer in the model it is Megatron's own spec, untouched but for norms that could
+    not run sequence parallel.
+    """
+    spec = _stock_spec(stock, config, vp_stage)
+    transformer = config.transformer
+    needs_norms = transformer.sequence_parallel and LayerNormImpl is WrappedTorchNorm
+    if not runtime.config.layers and not needs_norms:
+        return spec
+    block = _as_block(spec, transformer, vp_stage)
+    if needs_norms:
+        block = _with_sequence_parallel_norms(block)
+    return _with_topk_layers(block, runtime, transformer, vp_stage)
+
+
+def _stock_spec(stock: Any, config: GPTModelConfig, vp_stage: int | None) -> LayerSpec:
+    if stock is None:
+        return default_layer_spec(config, vp_stage)  # pyright: ignore[reportArgumentType]
+    if isinstance(stock, ModuleSpec | TransformerBlockSubmodules):
+        return stock
+    takes_stage = "vp_stage" in inspect.signature(stock).parameters
+    return stock(config, vp_stage=vp_stage) if takes_stage else stock(config)
+
+
+def _as_block(
+    spec: LayerSpec, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """One spec a layer, as Megatron's block expands a single one."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        return spec
+    if config.attention_backend == AttnBackend.local:
+        # Megatron's builder applies this flag to single specs only.
+        attention: Any = spec.submodules.self_attention  # pyright: ignore
+        attention.submodules.core_attention = DotProductAttention
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * count,
+        layer_norm=LayerNormImpl,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _with_topk_layers(
+    block: TransformerBlockSubmodules,
+    runtime: TopKRuntime,
+    config: TransformerConfig,
+    vp_stage: int | None,
+) -> TransformerBlockSubmodules:
+    specs = block.layer_specs or []
+    numbers = _layer_numbers(config, vp_stage, len(specs))
+    chosen = set(runtime.config.layers)
+    return replace(
+        block,
+        layer_specs=[
+            _topk_spec(spec, runtime) if number in chosen else spec
+            for number, spec in zip(numbers, specs, strict=True)
+        ],
+    )
+
+
+def _topk_spec(spec: ModuleSpec, runtime: TopKRuntime) -> ModuleSpec:
+    layer_class: Any = import_module(spec.module) if isinstance(spec.module, tuple) else spec.module
+    return replace(
+        spec, module=with_topk(layer_class), params={**spec.params, "topk": runtime}
+    )
+
+
+def _layer_numbers(config: TransformerConfig, vp_stage: int | None, count: int) -> list[int]:
+    """Numbers, from 0 over the whole model, of the layers in this rank's model chunk."""
+    if config.pipeline_model_parallel_layout is not None:
+        return config.pipeline_model_parallel_layout.get_layer_id_list(  # pyright: ignore
+            layer_type=LayerType.decoder, vp_stage=vp_stage
+        )
+    offset = get_transformer_layer_offset(config, vp_stage)
+    return list(range(offset, offset + count))
+
+
+def _with_sequence_parallel_norms(spec: Any) -> Any:
+    """A copy of a spec tree in which Megatron's torch norm is replaced by ours."""
+    if spec is WrappedTorchNorm:
+        return SequenceParallelNorm
+    if isinstance(spec, list):
+        return [_with_sequence_parallel_norms(item) for item in spec]
+    if isinstance(spec, functools.partial):
+        keywords = {k: _with_sequence_parallel_norms(v) for k, v in spec.keywords.items()}
+        return functools.partial(spec.func, *spec.args, **keywords)
+    if is_dataclass(spec) and not isinstance(spec, type):
+        changes = {
+            field.name: _with_sequence_parallel_norms(getattr(spec, field.name))
+            for field in fields(spec)
+            if field.init
+        }
+        return replace(spec, **changes)
+    return spec

@@ -1,0 +1,226 @@
+"""The ``--topk-…`` flags, and the checks that turn a wrong command into one clear line.
+
+Everything that can be known from the arguments and the files they name is checked before Megatron
+builds a process group, so that a mistake costs a second and not a place in the queue.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any, get_args
+
+from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
+from topk_megatron.errors import ConfigError, DataError
+
+# What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
+# modules for Transformer Engine's, and no kernel that exists for GPUs only.
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
+
+def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Megatron's `extra_args_provider` with our flags."""
+    group = parser.add_argument_group(
+        "topk", "TopK language model: hidden states that keep their k largest neurons."
+    )
+    group.add_argument(
+        "--topk-k",
+        type=int,
+        metavar="K",
+        help="neurons that survive at each TopK layer, of --hidden-size; the hidden size itself is "
+        f"the dense model (default: hidden size / {DEFAULT_HIDDEN_PER_K})",
+    )
+    group.add_argument(
+        "--topk-layers",
+        default=DEFAULT_LAYERS,
+        metavar="LAYERS",
+        help="layers with a TopK, counted from 0: 0-9 or 0,2,5 or all or all,-2 (all but the last "
+        "two) or none (the dense model) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--topk-mode",
+        default="value",
+        choices=get_args(Mode),
+        help="keep the largest values or the largest magnitudes (default: %(default)s)",
+    )
+    group.add_argument(
+        "--topk-anneal",
+        default="constant",
+        choices=get_args(Anneal),
+        help="how k goes from its start to --topk-k; exponential is linear in log k "
+        "(default: %(default)s)",
+    )
+    for name, unit in (("start-k", "k before annealing begins (default: the hidden size)"),):
+        group.add_argument(f"--topk-anneal-{name}", type=int, metavar="K", help=unit)
+    group.add_argument(
+        "--topk-anneal-begin",
+        type=int,
+        metavar="ITERATION",
+        help="iteration at which k begins to change (default: 0)",
+    )
+    group.add_argument(
+        "--topk-anneal-end",
+        type=int,
+        metavar="ITERATION",
+        help="iteration from which k is --topk-k; required unless --topk-anneal is constant",
+    )
+    group.add_argument(
+        "--topk-override",
+        action="store_true",
+        help="resume although the checkpoint was made with other TopK settings",
+    )
+    group.add_argument(
+        "--topk-silent-tokens",
+        type=int,
+        default=1_000_000,
+        metavar="TOKENS",
+        help="a neuron counts as silent when it was zero for this many tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-topk-metrics",
+        action="store_false",
+        dest="topk_metrics",
+        help="do not gather or log density, kept norm and silent neurons of TopK layers",
+    )
+    return parser
+
+
+def arguments_provider(device: str) -> Any:
+    """The parser hook for this device; on a CPU it also exchanges Megatron's GPU defaults."""
+
+    def provider(parser: ArgumentParser) -> ArgumentParser:
+        add_topk_arguments(parser)
+        if device == "cpu":
+            parser.set_defaults(**CPU_DEFAULTS)
+        return parser
+
+    return provider
+
+
+def check_arguments(args: Namespace, device: str) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ConfigError, DataError: one line that says what to change.
+    """
+    _check_topk(args)
+    _check_world_size(args)
+    _check_unsupported(args)
+    if device == "cpu":
+        _check_cpu(args)
+    _check_files(args)
+
+
+def _check_topk(args: Namespace) -> None:
+    if args.use_checkpoint_args and (args.hidden_size is None or args.num_layers is None):
+        return  # the sizes come from the checkpoint; TopKConfig is built again after it is read
+    for name in ("hidden_size", "num_layers"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is required")
+    config = TopKConfig.from_args(args)
+    if args.topk_silent_tokens < 1:
+        raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
+    graphs = getattr(args, "cuda_graph_impl", "none") != "none"
+    if graphs and config.layers and config.anneal != "constant":
+        raise ConfigError(
+            "a CUDA graph would freeze k at the value it was captured with; "
+            "use --topk-anneal constant or --cuda-graph-impl none"
+        )
+
+
+def _check_world_size(args: Namespace) -> None:
+    sizes = {
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "--context-parallel-size": args.context_parallel_size,
+    }
+    model_size = 1
+    for size in sizes.values():
+        model_size *= size
+    if model_size < 1 or args.world_size % model_size:
+        product = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size != 1)
+        raise ConfigError(
+            f"{args.world_size} ranks cannot be divided by {product} = {model_size}; "
+            "change torchrun's --nproc-per-node and --nnodes or the sizes"
+        )
+
+
+def _check_unsupported(args: Namespace) -> None:
+    refused = {
+        "perform_rl_step": "--perform-rl-step: reinforcement learning has a script of its own in "
+        "Megatron-LM (train_rl.py)",
+        "logits_load_dir": "--logits-load-dir: distillation from cached logits is not supported",
+        "hybrid_layer_pattern": "--hybrid-layer-pattern: TopK layers exist for GPT models only",
+        "yaml_cfg": "--yaml-cfg: give the settings as flags",
+    }
+    for name, message in refused.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{message}; drop the flag")
+
+
+def _check_cpu(args: Namespace) -> None:
+    if args.transformer_impl != "local":
+        raise ConfigError(
+            f"--transformer-impl {args.transformer_impl} needs a CUDA device and this machine has "
+            "none; drop the flag to use Megatron's local modules"
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            "--context-parallel-size above 1 needs Transformer Engine's attention, and that a CUDA "
+            "device; set it to 1"
+        )
+    if args.fp8 is not None:
+        raise ConfigError("--fp8-format needs a CUDA device and this machine has none; drop it")
+
+
+def _check_files(args: Namespace) -> None:
+    if args.tokenizer_model is not None and not Path(args.tokenizer_model).exists():
+        raise DataError(
+            f"--tokenizer-model {args.tokenizer_model} does not exist; "
+            "make one with tools/train_tokenizer.py"
+        )
+    for prefix in _data_prefixes(args):
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise DataError(
+                    f"dataset file {prefix}{suffix} does not exist; make it with "
+                    "tools/preprocess_data.py and give the path without .bin"
+                )
+    sources = (args.data_path, args.train_data_path, args.data_args_path, args.mock_data)
+    if not any(sources) and args.per_split_data_args_path is None:
+        raise DataError("no training data: give --data-path PREFIX (or --mock-data)")
+
+
+def _data_prefixes(args: Namespace) -> list[str]:
+    """Dataset prefixes of all splits, without the weights that may stand between them."""
+    prefixes: list[str] = []
+    for entries in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
+        prefixes += [entry for entry in entries or [] if not _is_number(entry)]
+    return prefixes
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def describe_cpu() -> str:
+    """The one line that says that the CPU layer is on."""
+    return (
+        "topk_megatron: no CUDA device here; Megatron runs on the CPU "
+        "(gloo, local modules, no fused kernels)"
+    )
+
+

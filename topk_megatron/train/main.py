@@ -1,0 +1,115 @@
+"""The steps of a pretraining run: parse, check, build, hand over to Megatron."""
+
+import functools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from topk_megatron.config import TopKConfig
+from topk_megatron.errors import ConfigError, UserError
+
+
+def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
+    """Print a user's mistake as one line from the first rank, and exit with 2 on every rank."""
+
+    @functools.wraps(main)
+    def wrapper() -> Any:
+        try:
+            return main()
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapper
+
+
+def parse(device: str) -> tuple[Namespace, TopKConfig]:
+    """Parse and validate the command line, ours first and then Megatron's own checks.
+
+    Returns:
+        Megatron's arguments (also set as its global ones), with the TopK settings as a plain
+        dictionary in ``args.topk`` so that they travel in every checkpoint.
+    """
+    from megatron.training.arguments import parse_and_validate_args, parse_args
+
+    from topk_megatron.train.arguments import arguments_provider, check_arguments
+
+    provider = arguments_provider(device)
+    check_arguments(parse_args(provider), device)
+    try:
+        args = parse_and_validate_args(extra_args_provider=provider)
+    except AssertionError as error:
+        raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    config = TopKConfig.from_args(args)
+    args.topk = config.to_dict()
+    return args, config
+
+
+def _reason(error: AssertionError) -> str:
+    """Megatron's message, or where it has none the assertion itself."""
+    if str(error):
+        return str(error)
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.line or f"an assertion at {last.filename}:{last.lineno}"
+
+
+def announce(args: Namespace, config: TopKConfig, device: str) -> None:
+    """Say once what is about to be trained, and on what."""
+    from topk_megatron.train.arguments import describe_cpu
+
+    if args.rank != 0:
+        return
+    if device == "cpu":
+        print(describe_cpu(), flush=True)
+    if not config.layers:
+        print("topk_megatron: dense model (no TopK layer)", flush=True)
+        return
+    anneal = "constant"
+    if config.anneal != "constant":
+        anneal = (
+            f"{config.anneal} from {config.start_k} over iterations "
+            f"{config.anneal_begin} to {config.anneal_end}"
+        )
+    layers = ", ".join(map(str, config.layers))
+    print(
+        f"topk_megatron: k {config.k} of {config.hidden_size} ({config.mode}, {anneal}) "
+        f"at layers {layers} of {config.num_layers}",
+        flush=True,
+    )
+
+
+def run(device: str) -> None:
+    """Pretrain. Every rank calls it, under torchrun or as one process."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.model.runtime import TopKRuntime
+    from topk_megatron.model.spec import bind_topk
+    from topk_megatron.train.data import datasets_provider
+    from topk_megatron.train.metrics import install_metrics
+    from topk_megatron.train.resume import prepare_resume
+    from topk_megatron.train.step import ForwardStep
+
+    patch_dataset_compiler()
+    args, config = parse(device)
+    announce(args, config, device)
+    prepare_resume(args, config)
+    runtime = TopKRuntime(config, probing=args.topk_metrics)
+    install_metrics(runtime)
+    model = bind_topk(gpt_config_from_args(args), runtime)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        ForwardStep(runtime),
+    )

@@ -1,0 +1,145 @@
+"""Statistics of the TopK layers, reduced over all ranks and written where Megatron writes its own.
+
+Ratios are formed from sums over every rank of the job. Tensor-parallel ranks without sequence
+parallelism see the same tokens and count them equally often in both sums; a layer lives on the
+ranks of one pipeline stage and adds nothing from the others.
+"""
+
+import functools
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from topk_megatron.model.probe import NEVER_SEEN
+from topk_megatron.model.runtime import TopKRuntime
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMetrics:
+    """One TopK layer over one logged step.
+
+    Attributes:
+        layer: number of the layer, counted from 0.
+        density: share of outputs that are not zero; k / H unless kept values are zero themselves.
+        kept_norm: share of the squared norm of the layer's output that survives the TopK.
+        silent: share of neurons that were zero for the last `silent_tokens` tokens.
+    """
+
+    layer: int
+    density: float
+    kept_norm: float
+    silent: float
+
+
+def gather_metrics(runtime: TopKRuntime, silent_tokens: int, seen_tokens: int) -> list[LayerMetrics]:
+    """Reduce the probes of all ranks; every rank must call it and every rank gets the result.
+
+    Args:
+        runtime: this rank's TopK layers.
+        silent_tokens: how long a neuron must be zero to count as silent.
+        seen_tokens: tokens trained on since this process started. The counters begin with the
+            process, so that a neuron is silent when it was zero for min(silent_tokens, seen_tokens).
+    """
+    config = runtime.config
+    device = torch.device(torch.cuda.current_device())
+    sums = torch.zeros(len(config.layers), 4, dtype=torch.float64, device=device)
+    silent = torch.full(
+        (len(config.layers), config.hidden_size), NEVER_SEEN, dtype=torch.int64, device=device
+    )
+    for row, layer in enumerate(config.layers):
+        probe = runtime.probes.get(layer)
+        if probe is not None:
+            sums[row] = probe.take_sums(device)
+            if probe.silent_tokens is not None:
+                silent[row] = probe.silent_tokens
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+    dist.all_reduce(silent, op=dist.ReduceOp.MIN)
+    window = min(silent_tokens, seen_tokens)
+    shares = (silent >= window).double().mean(dim=1)
+    table = torch.cat([sums, shares.unsqueeze(1)], dim=1).tolist()
+    return [
+        LayerMetrics(
+            layer=layer,
+            density=nonzero / max(outputs, 1.0),
+            kept_norm=kept / norm if norm else 0.0,
+            silent=share,
+        )
+        for layer, (nonzero, outputs, kept, norm, share) in zip(config.layers, table, strict=True)
+    ]
+
+
+class MetricsLogger:
+    """Called after every training step; gathers and writes at Megatron's log interval."""
+
+    def __init__(self, runtime: TopKRuntime) -> None:
+        self.runtime = runtime
+        self.seen_tokens = 0
+
+    def after_step(self, args: Namespace, iteration: int, tokens: int) -> None:
+        """Args: iteration: Megatron's, 1-based. tokens: of this step, over the whole job."""
+        self.seen_tokens += tokens
+        for probe in self.runtime.probes.values():
+            probe.end_step(tokens)
+        if iteration % args.log_interval == 0:
+            metrics = gather_metrics(self.runtime, args.topk_silent_tokens, self.seen_tokens)
+            self._write(iteration, metrics)
+
+    def _write(self, iteration: int, metrics: list[LayerMetrics]) -> None:
+        from megatron.training import get_tensorboard_writer, print_rank_last
+        from megatron.training.global_vars import get_wandb_writer
+
+        scalars = {"topk/k": float(self.runtime.k)}
+        for m in metrics:
+            for name in ("density", "kept_norm", "silent"):
+                scalars[f"topk/{name}/layer_{m.layer:02d}"] = getattr(m, name)
+        if writer := get_tensorboard_writer():
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, iteration)
+        if wandb := get_wandb_writer():
+            wandb.log(scalars, iteration)
+        print_rank_last(format_metrics(iteration, self.runtime, metrics))
+
+
+def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetrics]) -> str:
+    """One console line: a column per TopK layer, in the order of the layers."""
+
+    def row(name: str) -> str:
+        return " ".join(f"{100 * getattr(m, name):.3g}" for m in metrics)
+
+    layers = f"{metrics[0].layer}..{metrics[-1].layer}" if len(metrics) > 1 else metrics[0].layer
+    return (
+        f" topk {iteration:8d} | k: {runtime.k} of {runtime.config.hidden_size} | layers: {layers} | "
+        f"density %: {row('density')} | kept norm² %: {row('kept_norm')} | "
+        f"silent %: {row('silent')} |"
+    )
+
+
+def install_metrics(runtime: TopKRuntime) -> None:
+    """Have Megatron's `training_log` report the TopK layers too (megatron-core 0.19).
+
+    Megatron calls `training_log` on every rank after every step and offers no hook there. A hook in
+    the forward step would be no place for a collective: pipeline stages reach it at different times.
+    """
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+    from megatron.training import get_args, training
+
+    if not (runtime.config.layers and runtime.probing):
+        return
+    logger = MetricsLogger(runtime)
+    module: Any = training
+    original = module.training_log
+    position = original.__code__.co_varnames.index("iteration")
+
+    @functools.wraps(original)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        settings = get_args()
+        iteration = kwargs["iteration"] if "iteration" in kwargs else args[position]
+        tokens = get_current_global_batch_size() * settings.seq_length
+        logger.after_step(settings, iteration, tokens)
+        return result
+
+    module.training_log = training_log

@@ -1,0 +1,180 @@
+"""Which checkpoint a run continues from, and whether it may.
+
+Megatron's torch_dist checkpoint is complete when ``common.pt``, ``.metadata`` and ``metadata.json``
+are there: the last is written after every rank has finished. The tracker file
+``latest_checkpointed_iteration.txt`` is rewritten in place, so that a kill can leave it empty.
+"""
+
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from topk_megatron.config import TopKConfig
+from topk_megatron.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_PARTS = ("common.pt", ".metadata", "metadata.json")
+
+
+def prepare_resume(args: Namespace, config: TopKConfig) -> None:
+    """Point the tracker at a complete checkpoint and compare its settings with this run's.
+
+    Raises:
+        CheckpointError: other TopK settings or another vocabulary, unless overridden.
+    """
+    if args.load is None:
+        return
+    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=args.rank == 0)
+    if directory is None:
+        return
+    saved = read_checkpoint_args(directory)
+    if saved is None:
+        return
+    _check_vocabulary(args, saved, directory)
+    _check_topk(args, config, saved, directory)
+
+
+def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False) -> Path | None:
+    """The torch_dist checkpoint that Megatron will load from `load`, or None.
+
+    Args:
+        load: directory given as ``--load``.
+        step: iteration asked for by ``--ckpt-step``; None is the latest.
+        write: repair the tracker when it names no complete checkpoint. One rank does it; all ranks
+            come to the same answer whether or not it is done already.
+
+    Raises:
+        CheckpointError: `step` names a checkpoint that is missing or incomplete, or no checkpoint
+            of `load` is complete although it has some.
+    """
+    complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
+    if step is not None:
+        if step not in complete:
+            raise CheckpointError(
+                f"--ckpt-step {step}: no complete checkpoint of this iteration in {load}; "
+                f"it has {_listing(complete)}"
+            )
+        return complete[step]
+    tracked = _read_tracker(load)
+    if tracked == "release" or (isinstance(tracked, int) and tracked in complete):
+        return None if tracked == "release" else complete[tracked]
+    if not iterations(load) or _has_legacy_format(load, tracked):
+        return None
+    if not complete:
+        if tracked is None:
+            return None  # killed during its very first save: there is nothing to resume from
+        raise CheckpointError(
+            f"{load} has no complete checkpoint (the tracker names iteration {tracked}); give "
+            "another --load, or none to start anew"
+        )
+    latest = max(complete)
+    if write:
+        said = "nothing" if tracked is None else f"iteration {tracked}, which is incomplete"
+        print(f"topk_megatron: {load / TRACKER} names {said}; resuming from {latest}", flush=True)
+        _write_tracker(load, latest)
+    return complete[latest]
+
+
+def iterations(load: Path) -> dict[int, Path]:
+    """Checkpoint directories of `load` by iteration, complete or not."""
+    found = {}
+    for path in load.glob("iter_*"):
+        if (match := re.fullmatch(r"iter_(\d+)", path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return found
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every rank finished writing this torch_dist checkpoint."""
+    return all((directory / part).is_file() for part in _PARTS)
+
+
+def read_checkpoint_args(directory: Path) -> Namespace | None:
+    """The arguments of the run that wrote a torch_dist checkpoint; None if it has none."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    return load_common_state_dict(str(directory)).get("args")
+
+
+def _listing(complete: dict[int, Path]) -> str:
+    return ", ".join(str(number) for number in sorted(complete)) or "none"
+
+
+def _read_tracker(load: Path) -> int | str | None:
+    try:
+        text = (load / TRACKER).read_text().strip()
+    except OSError:
+        return None
+    if text == "release":
+        return text
+    return int(text) if text.isdecimal() else None
+
+
+def _write_tracker(load: Path, iteration: int) -> None:
+    temporary = load / f"{TRACKER}.{os.getpid()}"
+    temporary.write_text(str(iteration))
+    temporary.replace(load / TRACKER)
+
+
+def _has_legacy_format(load: Path, tracked: Any) -> bool:
+    directory = iterations(load).get(tracked) if isinstance(tracked, int) else None
+    return directory is not None and any(directory.glob("mp_rank_*"))
+
+
+def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> None:
+    for name in ("vocab_size", "padded_vocab_size"):
+        before, now = getattr(saved, name, None), getattr(args, name, None)
+        if before is not None and now is not None and before != now:
+            raise CheckpointError(
+                f"the tokenizer does not fit the checkpoint: {name} is {before} in {directory} "
+                f"({getattr(saved, 'tokenizer_model', None)}) and {now} here "
+                f"({args.tokenizer_model}); give the tokenizer that the checkpoint was trained with"
+            )
+
+
+def _check_topk(
+    args: Namespace, config: TopKConfig, saved: Namespace, directory: Path
+) -> None:
+    settings = getattr(saved, "topk", None)
+    before = None if settings is None else TopKConfig.from_dict(settings)
+    differences = compare_topk(before, config)
+    if not differences:
+        return
+    text = "; ".join(differences)
+    if args.finetune or args.topk_override:
+        if args.rank == 0:
+            print(f"topk_megatron: TopK settings change from {directory}: {text}", flush=True)
+        return
+    raise CheckpointError(
+        f"{directory} was trained with other TopK settings: {text}; use the same, or "
+        "--topk-override to continue with the new ones, or --finetune to start anew from its weights"
+    )
+
+
+def compare_topk(before: TopKConfig | None, now: TopKConfig) -> list[str]:
+    """Differences in words; dense models are equal whatever their unused settings.
+
+    Args:
+        before: settings of the checkpoint; None if a dense Megatron run without them wrote it.
+        now: settings of this run.
+    """
+    was_dense = before is None or not before.layers
+    if was_dense or not now.layers:
+        if was_dense and not now.layers:
+            return []
+        described = [_describe(before), _describe(now)]
+        return [f"{described[0]} in the checkpoint, {described[1]} here"]
+    old, new = before.to_dict(), now.to_dict()  # pyright: ignore[reportOptionalMemberAccess]
+    return [
+        f"{name} is {old[name]} in the checkpoint, {new[name]} here"
+        for name in new
+        if old[name] != new[name]
+    ]
+
+
+def _describe(config: TopKConfig | None) -> str:
+    if config is None or not config.layers:
+        return "dense (no TopK layer)"
+    return f"k {config.k} at layers {list(config.layers)}"

@@ -1,0 +1,173 @@
+"""One microbatch: fetch it, run the model, reduce the loss."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from torch import Tensor
+
+from topk_megatron.model.runtime import TopKRuntime
+from topk_megatron.train.data import needs_batch, predicts_ahead
+
+Batch = dict[str, Any]
+
+_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+# A loss that is this many times the largest seen so far is reported (--check-for-spiky-loss).
+_SPIKE = 10
+
+
+class ForwardStep:
+    """Megatron's `forward_step` for TopK models: sets the current k, then runs the microbatch."""
+
+    def __init__(self, runtime: TopKRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(
+        self, data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns: the model's output (per-token losses [b, s] on the last stage) and its reduction."""
+        args, timers = get_args(), get_timers()
+        self._begin(args, model.training)
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        packing = _packed_sequences(args, batch)
+        timers("batch-generator").stop()
+
+        inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+        targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+        reduction = partial(reduce_loss, batch["loss_mask"])
+        if return_schedule_plan:
+            return model.build_schedule_plan(*inputs, **targets), reduction
+        return model(*inputs, **targets, packed_seq_params=packing), reduction
+
+    def _begin(self, args: Namespace, training: bool) -> None:
+        # `iteration` is where this run began: an evaluation before the first step (a finished run
+        # loaded again, --skip-train) must use the k of the last step, not of step 0.
+        current = max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
+        self.runtime.begin_iteration(current)
+        logged = (current + 1) % args.log_interval == 0
+        for probe in self.runtime.probes.values():
+            probe.measuring = training and logged
+
+
+def get_batch(args: Namespace, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
+    """Fetch this rank's share of a microbatch.
+
+    Tensor-parallel rank 0 reads and sends to its group; context-parallel ranks take their part of
+    the sequence. Entries that this stage does not need are None.
+
+    Returns:
+        tokens, labels, position_ids: int64 [b, s]; loss_mask: float [b, s]; attention_mask: bool
+        [b, 1, s, s] or None; and the packing entries, None unless sequences are packed.
+    """
+    packed = args.sft or args.dataloader_inter_document_masking
+    needed = needs_batch(args, vp_stage)
+    names = (*_TENSORS, *_PACKING)
+    if not needed and not packed:
+        return dict.fromkeys(names)
+    batch: Batch = {}
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        read = next(data_iterator)
+        for name in names:
+            value = read.get(name)
+            batch[name] = value.cuda(non_blocking=True) if isinstance(value, Tensor) else value
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=packed,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=predicts_ahead(args, vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if needed:
+        batch = get_batch_on_this_cp_rank(
+            batch,
+            is_hybrid_cp=args.hybrid_context_parallel,
+            cp_group=mpu.get_context_parallel_group(),
+            hybrid_cp_group_func=mpu.get_hybrid_data_context_parallel_groups,
+            use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+        )
+    return {name: batch.get(name) for name in names}
+
+
+def _packed_sequences(args: Namespace, batch: Batch) -> PackedSeqParams | None:
+    if batch["cu_seqlens"] is None:
+        return None
+    lengths, padded = (
+        None if batch[name] is None else batch[name].squeeze(0)
+        for name in ("cu_seqlens", "cu_seqlens_padded")
+    )
+    update_seqlen_stats_from_cu_seqlens(lengths)
+    boundaries = lengths if padded is None else padded
+    longest = int(batch["max_seqlen"].item())
+    local_cp_size = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=args.seq_length,
+    )
+
+
+def reduce_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the per-token losses of a microbatch.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output: [b, s], negative log-likelihoods in nats.
+
+    Returns:
+        loss (sum over tokens), number of tokens (int), and what Megatron logs as ``lm loss``.
+    """
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(output.reshape(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    _validate_loss(get_args(), loss)
+    report = torch.cat([loss.detach().clone().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def _validate_loss(args: Namespace, loss: Tensor) -> None:
+    """Megatron's checks of a rank's own loss, before ranks average it."""
+    machine = get_rerun_state_machine()
+    checks: list[tuple[Any, str, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
+        checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+    if args.check_for_spiky_loss:
+        spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        checks.append((spike, "Spiky loss", False))
+    for rejection, message, fatal in checks:
+        machine.validate_result(
+            result=loss, rejection_func=rejection, message=message, tolerance=0.0, fatal=fatal
+        )

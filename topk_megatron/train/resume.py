@@ -1,7 +1,7 @@
 """Which checkpoint a run continues from, and whether it may.
 
-Megatron's torch_dist checkpoint is complete when ``common.pt``, ``.metadata`` and ``metadata.json``
-are there: the last is written after every rank has finished. The tracker file
+Megatron's torch_dist checkpoint is complete when ``.metadata`` and ``metadata.json`` are there: the
+last is written after every rank has finished. The tracker file
 ``latest_checkpointed_iteration.txt`` is rewritten in place, so that a kill can leave it empty.
 """
 
@@ -15,7 +15,7 @@ from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_PARTS = ("common.pt", ".metadata", "metadata.json")
+_PARTS = (".metadata", "metadata.json")
 
 
 def prepare_resume(args: Namespace, config: TopKConfig) -> None:

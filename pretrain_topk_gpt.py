@@ -6,8 +6,9 @@ takes every flag of Megatron's own GPT pretraining, plus the ``--topk-…`` grou
 without CUDA the same command runs on the CPU.
 """
 
+from topk_megatron.cli import exit_on_user_error
 from topk_megatron.device import prepare_device
-from topk_megatron.train.main import exit_on_user_error, run
+from topk_megatron.train.main import run
 
 
 @exit_on_user_error

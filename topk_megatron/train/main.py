@@ -1,29 +1,9 @@
 """The steps of a pretraining run: parse, check, build, hand over to Megatron."""
 
-import functools
-import os
-import sys
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
 
 from topk_megatron.config import TopKConfig
-from topk_megatron.errors import ConfigError, UserError
-
-
-def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Print a user's mistake as one line from the first rank, and exit with 2 on every rank."""
-
-    @functools.wraps(main)
-    def wrapper() -> Any:
-        try:
-            return main()
-        except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
-
-    return wrapper
+from topk_megatron.errors import ConfigError
 
 
 def parse(device: str) -> tuple[Namespace, TopKConfig]:

@@ -1,0 +1,54 @@
+"""Fixtures that several test folders share: text, a tokenizer, a dataset."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from topk_megatron.testing.launch import REPOSITORY
+
+
+def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run one of tools/ as a user does."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text without a download: the project's own sources and its licence, a file a document."""
+    directory = tmp_path_factory.mktemp("corpus")
+    sources = [REPOSITORY / "LICENSE", *sorted((REPOSITORY / "topk_megatron").rglob("*.py"))]
+    for number, source in enumerate(sources):
+        (directory / f"{number:03d}.txt").write_text(source.read_text())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model of 512 pieces."""
+    model = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    done = run_tool(
+        "train_tokenizer.py", "--input", f"{corpus}/*.txt", "--output", model, "--vocab-size", "512"
+    )
+    assert done.returncode == 0, done.stderr
+    return model
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of the tokenized corpus."""
+    prefix = tmp_path_factory.mktemp("dataset") / "text"
+    done = run_tool(
+        "preprocess_data.py",
+        *("--input", f"{corpus}/*.txt", "--output-prefix", prefix),
+        *("--tokenizer-model", tokenizer, "--workers", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    return prefix

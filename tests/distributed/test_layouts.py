@@ -1,0 +1,105 @@
+"""Every parallel layout trains the same model as one rank.
+
+Tolerance: the losses of 20 steps agree to 2e-5 nats (they are about 6). Layouts add the same
+float32 numbers in another order, which costs a few units in the last place a step; a larger
+difference would mean that a TopK selection, a gradient or a microbatch went missing. Layouts that
+change no order of addition (recomputation) must agree bitwise.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import TOPK
+from topk_megatron.testing import observed_pretrain
+from topk_megatron.testing.launch import Run, pretrain
+
+TOLERANCE = 2e-5
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sequence-parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "dp2-distributed-optimizer": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+}
+RECOMPUTE = {
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective": "--recompute-granularity selective",
+}
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def train(
+    ranks: int, flags: list[str], initial: Path, layout: str, directory: Path
+) -> tuple[Run, list[dict[str, int]]]:
+    """Twenty steps with every TopK output checked; returns the run and each rank's row counts."""
+    run = pretrain(
+        ranks,
+        *flags,
+        *TOPK,
+        *("--load", initial, "--finetune"),
+        *layout.split(),
+        entry=Path(observed_pretrain.__file__),
+        tensorboard=directory / "tensorboard",
+        environment={"TOPK_OBSERVED": str(directory)},
+    )
+    assert run.returncode == 0, run.output
+    return run, [json.loads((directory / f"rank{r}.json").read_text()) for r in range(ranks)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_the_same_model_as_one_rank(
+    name: str, flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
+) -> None:
+    ranks, layout = LAYOUTS[name]
+    run, rows = train(ranks, flags, initial, layout, tmp_path)
+    assert run.losses().keys() == single_rank.losses().keys()
+    for step, loss in single_rank.losses().items():
+        assert run.losses()[step] == pytest.approx(loss, abs=TOLERANCE), f"step {step}"
+    # Each of the layers 0, 1 and 2 was seen on some rank, and no other layer was.
+    assert set().union(*rows) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("name", RECOMPUTE)
+def test_recomputation_changes_nothing_bitwise(
+    name: str, flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
+) -> None:
+    run, _ = train(1, flags, initial, RECOMPUTE[name], tmp_path)
+    assert run.losses() == single_rank.losses()
+
+
+def test_layer_statistics_are_those_of_one_rank_under_tensor_and_pipeline_parallelism(
+    flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
+) -> None:
+    ranks, layout = LAYOUTS["tp2-pp2"]
+    run, _ = train(ranks, flags, initial, layout, tmp_path)
+    for layer in (0, 1, 2):
+        for name in ("density", "kept_norm", "silent"):
+            tag = f"topk/{name}/layer_{layer:02d}"
+            assert run.scalars(tag) == pytest.approx(single_rank.scalars(tag), abs=1e-4), tag
+        assert set(run.scalars(f"topk/density/layer_{layer:02d}").values()) == {8 / 64}
+
+
+def test_bfloat16_trains(flags: list[str], initial: Path, single_rank: Run, tmp_path: Path) -> None:
+    run, _ = train(1, flags, initial, "--bf16", tmp_path)
+    # bfloat16 keeps 8 bits: the losses of 20 steps stay within a percent of float32's.
+    assert run.losses() == pytest.approx(single_rank.losses(), rel=1e-2)
+
+
+def test_mixture_of_experts_has_its_topk(flags: list[str], tmp_path: Path) -> None:
+    run = pretrain(
+        2,
+        *flags,
+        *TOPK,
+        *"--num-experts 4 --expert-model-parallel-size 2 --train-iters 3".split(),
+        entry=Path(observed_pretrain.__file__),
+        environment={"TOPK_OBSERVED": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.output
+    rows = json.loads((tmp_path / "rank0.json").read_text())
+    assert set(rows) == {"0", "1", "2"}

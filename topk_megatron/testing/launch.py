@@ -1,0 +1,125 @@
+"""Runs the real pretraining under torchrun with gloo ranks, and reads back what it logged."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A model small enough that a step takes tens of milliseconds on one core.
+TINY_MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 "
+    "--max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu "
+    "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
+).split()
+TINY_TRAINING = (
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 "
+    "--lr-decay-style cosine --lr-warmup-iters 2 --lr-decay-iters 20 --log-interval 1 "
+    "--eval-iters 1 --eval-interval 1000 --split 90,8,2"
+).split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job.
+
+    Attributes:
+        returncode: of torchrun.
+        output: standard output and error of all ranks together.
+        tensorboard: its event files, if it was asked to write any.
+    """
+
+    returncode: int
+    output: str
+    tensorboard: Path | None = None
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """Logged values by iteration, exactly as the float32 that was logged."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        assert self.tensorboard is not None
+        events = EventAccumulator(str(self.tensorboard), size_guidance={"scalars": 0})
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    def losses(self) -> dict[int, float]:
+        """Training loss by iteration, in nats a token."""
+        return self.scalars("lm loss")
+
+    def validation_losses(self) -> list[float]:
+        """Validation losses in the order they were printed (7 digits)."""
+        found = re.findall(r"on validation set \| lm loss value: (\S+)", self.output)
+        return [float(value) for value in found]
+
+    def error_line(self) -> str:
+        """The last line that starts with ``error:``; empty if there is none."""
+        lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
+        return lines[-1] if lines else ""
+
+
+def pretrain(
+    ranks: int,
+    *flags: str | Path,
+    entry: Path | None = None,
+    tensorboard: Path | None = None,
+    timeout: float = 300,
+    environment: dict[str, str] | None = None,
+) -> Run:
+    """Run ``pretrain_topk_gpt.py`` (or another `entry`) to its end.
+
+    Args:
+        ranks: gloo ranks on this machine.
+        flags: as on the command line.
+        entry: another script with the same arguments.
+        tensorboard: where to write exact scalars.
+        timeout: seconds after which the whole job is killed and the test fails.
+        environment: added to this process's own.
+    """
+    command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard)
+    process = start(command, environment)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:
+        kill(process)
+        raise
+    return Run(process.returncode, output, tensorboard)
+
+
+def command_line(
+    ranks: int, *flags: str | Path, entry: Path | None = None, tensorboard: Path | None = None
+) -> list[str]:
+    """The torchrun command, with a free port of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = entry or REPOSITORY / "pretrain_topk_gpt.py"
+    command = [*launcher, f"--nproc-per-node={ranks}", str(script), *map(str, flags)]
+    if tensorboard is not None:
+        command += ["--tensorboard-dir", str(tensorboard), "--tensorboard-log-interval", "1"]
+    return command
+
+
+def start(
+    command: list[str], environment: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
+    """Start a job in a process group of its own."""
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """kill -9 the launcher and every rank, as a power cut would."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

@@ -1,0 +1,36 @@
+# Every target sets up what it needs; `make help` lists them.
+python := .venv/bin/python
+
+.PHONY: help setup quickstart test test-fast lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## find or get Python 3.12, create .venv, install pinned dependencies, build the extension
+	@scripts/setup.sh
+
+quickstart: setup  ## train a TopK and a dense language model on Shakespeare, compare and sample them
+	@$(python) examples/quickstart/run.py
+
+test: setup  ## the whole test suite (pass options with ARGS=...)
+	@$(python) -m pytest $(ARGS)
+
+test-fast: setup  ## the tests that take seconds
+	@$(python) -m pytest -m "not slow" $(ARGS)
+
+lint: setup  ## formatting, lint and types
+	@$(python) -m ruff format --check .
+	@$(python) -m ruff check .
+	@$(python) -m pyright
+
+format: setup  ## rewrite the sources as ruff wants them
+	@$(python) -m ruff format .
+	@$(python) -m ruff check --fix .
+
+bench: setup  ## the benchmarks; each prints a table with machine, versions, medians and ratios
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(python) $$script || exit 1; done
+
+clean:  ## remove what make made, but for .venv
+	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis
+	find topk_megatron tools tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find topk_megatron -name '*.so' -delete

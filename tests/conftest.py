@@ -22,7 +22,7 @@ def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text without a download: the project's own sources and its licence, a file a document."""
+    """Real text without a download: the project's sources and licence, a file a document."""
     directory = tmp_path_factory.mktemp("corpus")
     sources = [REPOSITORY / "LICENSE", *sorted((REPOSITORY / "topk_megatron").rglob("*.py"))]
     for number, source in enumerate(sources):

@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer on .txt, .md or .jsonl files (also .gz, .zst, and globs).
 
-    python tools/train_tokenizer.py --input 'plays/**/*.md' --output tokenizer.model --vocab-size 4096
+python tools/train_tokenizer.py --input 'plays/**/*.md' --output tokenizer.model --vocab-size 4096
 """
 
 import argparse

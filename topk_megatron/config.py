@@ -28,7 +28,7 @@ class TopKConfig:
         num_layers: transformer layers of the whole model.
         k: neurons that survive at each TopK layer once annealing has ended, in [1, hidden_size].
         layers: sorted layer numbers, counted from 0; empty means the dense model.
-        mode: ``value`` keeps the largest values (the paper's choice), ``abs`` the largest magnitudes.
+        mode: ``value`` keeps the largest values (the paper's), ``abs`` the largest magnitudes.
         anneal: how k gets from `anneal_start_k` to `k`; ``exponential`` is linear in log k.
         anneal_start_k: k up to iteration `anneal_begin`.
         anneal_begin: iteration at which k begins to change.
@@ -62,8 +62,8 @@ class TopKConfig:
         if self.anneal == "constant":
             if self.anneal_start_k is not None or self.anneal_begin or self.anneal_end:
                 raise ConfigError(
-                    "--topk-anneal is constant, but a start k, begin or end of annealing was given; "
-                    "choose linear, cosine or exponential, or drop those flags"
+                    "--topk-anneal is constant, but a start k, begin or end of annealing was "
+                    "given; choose linear, cosine or exponential, or drop those flags"
                 )
             return
         if self.anneal_start_k is not None:

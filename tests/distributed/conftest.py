@@ -1,4 +1,4 @@
-"""A tiny model on real text, and a checkpoint of its initial weights that every layout starts from."""
+"""A tiny model on real text, and its initial weights that every layout starts from."""
 
 from pathlib import Path
 
@@ -34,9 +34,7 @@ def initial(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def single_rank(
-    flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
+def single_rank(flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Twenty steps of one rank: what every layout is compared with."""
     run = pretrain(
         1,

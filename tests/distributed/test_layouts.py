@@ -96,7 +96,7 @@ def test_mixture_of_experts_has_its_topk(flags: list[str], tmp_path: Path) -> No
         2,
         *flags,
         *TOPK,
-        *"--num-experts 4 --expert-model-parallel-size 2 --train-iters 3".split(),
+        *["--num-experts", "4", "--expert-model-parallel-size", "2", "--train-iters", "3"],
         entry=Path(observed_pretrain.__file__),
         environment={"TOPK_OBSERVED": str(tmp_path)},
     )

@@ -17,10 +17,30 @@ from typing import Any
 
 import torch
 
-_FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones "
-    "ones_like rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 
 
 def redirect_cuda_to_cpu() -> None:
@@ -66,7 +86,11 @@ def _patch_cuda_functions() -> None:
     cuda: Any = torch.cuda
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = SimpleNamespace(
-        name="cpu", major=0, minor=0, total_memory=total_memory, multi_processor_count=os.cpu_count()
+        name="cpu",
+        major=0,
+        minor=0,
+        total_memory=total_memory,
+        multi_processor_count=os.cpu_count(),
     )
     # Megatron asserts that CUDA is available and asks for one device a local rank.
     cuda.is_available = _constant(True)

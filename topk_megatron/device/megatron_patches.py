@@ -21,8 +21,8 @@ def patch_megatron_for_cpu() -> None:
     module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
-    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
-        torch.set_rng_state(new_state)
+    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+        new_state
     )
     # With one generator for both devices, the tracker's warning that the CPU state changed inside
     # a fork is always true and never of interest.

@@ -36,5 +36,7 @@ def _set_environment() -> None:
     # Megatron asserts this for tensor parallelism, for the order of CUDA launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Said by a dozen modules of Megatron, each in every rank; expected where there is no GPU.
-    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings(
+        "ignore", message="(Transformer Engine and )?Apex (is|are) not installed"
+    )
     warnings.filterwarnings("ignore", message="Only transformer-engine>=")

@@ -1,4 +1,4 @@
-"""What the TopK layers of one model share while they run: the settings, the current k, the probes."""
+"""What the TopK layers of one model share as they run: settings, current k, probes."""
 
 from torch import Tensor
 

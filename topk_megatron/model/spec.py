@@ -1,4 +1,4 @@
-"""Puts TopK layers into whatever layer spec Megatron chose: local or Transformer Engine, dense or MoE.
+"""Puts TopK layers into the spec that Megatron chose: local or Transformer Engine, dense or MoE.
 
 `GPTModelConfig.transformer_layer_spec` accepts a callable; ours asks Megatron for its own default
 spec and exchanges the class of the chosen layers, so that everything else stays stock.
@@ -25,7 +25,6 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from topk_megatron.model.norm import SequenceParallelNorm
 from topk_megatron.model.residual import with_topk
 from topk_megatron.model.runtime import TopKRuntime
-
 
 LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
@@ -103,9 +102,7 @@ def _with_topk_layers(
 
 def _topk_spec(spec: ModuleSpec, runtime: TopKRuntime) -> ModuleSpec:
     layer_class: Any = import_module(spec.module) if isinstance(spec.module, tuple) else spec.module
-    return replace(
-        spec, module=with_topk(layer_class), params={**spec.params, "topk": runtime}
-    )
+    return replace(spec, module=with_topk(layer_class), params={**spec.params, "topk": runtime})
 
 
 def _layer_numbers(config: TransformerConfig, vp_stage: int | None, count: int) -> list[int]:

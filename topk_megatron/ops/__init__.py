@@ -1,4 +1,4 @@
-"""The operator: top-k plus mask over the last dimension. Imports torch and nothing of the project."""
+"""The operator: top-k plus mask over the last dimension. Imports torch and nothing else of ours."""
 
 from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.topk_mask import topk_mask, topk_mask_with_bits

@@ -1,5 +1,6 @@
 """Runs the real pretraining under torchrun with gloo ranks, and reads back what it logged."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,16 +12,54 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A model small enough that a step takes tens of milliseconds on one core.
-TINY_MODEL = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 "
-    "--max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu "
-    "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
-).split()
-TINY_TRAINING = (
-    "--micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 "
-    "--lr-decay-style cosine --lr-warmup-iters 2 --lr-decay-iters 20 --log-interval 1 "
-    "--eval-iters 1 --eval-interval 1000 --split 90,8,2"
-).split()
+TINY_MODEL = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "64",
+    "--max-position-embeddings",
+    "64",
+    "--position-embedding-type",
+    "rope",
+    "--normalization",
+    "RMSNorm",
+    "--swiglu",
+    "--disable-bias-linear",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+]
+TINY_TRAINING = [
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--train-iters",
+    "20",
+    "--lr",
+    "1e-3",
+    "--min-lr",
+    "1e-4",
+    "--lr-decay-style",
+    "cosine",
+    "--lr-warmup-iters",
+    "2",
+    "--lr-decay-iters",
+    "20",
+    "--log-interval",
+    "1",
+    "--eval-iters",
+    "1",
+    "--eval-interval",
+    "1000",
+    "--split",
+    "90,8,2",
+]
 
 
 @dataclass(frozen=True)
@@ -101,9 +140,7 @@ def command_line(
     return command
 
 
-def start(
-    command: list[str], environment: dict[str, str] | None = None
-) -> "subprocess.Popen[str]":
+def start(command: list[str], environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     """Start a job in a process group of its own."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -118,8 +155,6 @@ def start(
 
 def kill(process: "subprocess.Popen[str]") -> None:
     """kill -9 the launcher and every rank, as a power cut would."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

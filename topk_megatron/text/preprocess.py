@@ -156,7 +156,7 @@ def _workers(config: PreprocessConfig) -> Iterator[Callable[..., Future[_Encoded
         initargs=(config.tokenizer_type, config.tokenizer_model),
     ) as pool:
         try:
-            yield pool.submit
+            yield lambda encode, chunk: pool.submit(encode, chunk)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -249,9 +249,7 @@ def _fail_on_bad_lines(config: PreprocessConfig, summary: Summary) -> None:
         raise DataError("the input holds no document with text in it")
 
 
-def _publish(
-    config: PreprocessConfig, temporary: Path, summary: Summary, tokenizer: Any
-) -> None:
+def _publish(config: PreprocessConfig, temporary: Path, summary: Summary, tokenizer: Any) -> None:
     manifest = {
         **asdict(summary),
         "tokenizer_type": config.tokenizer_type,

@@ -83,7 +83,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         default=1_000_000,
         metavar="TOKENS",
-        help="a neuron counts as silent when it was zero for this many tokens (default: %(default)s)",
+        help="a neuron is silent when it was zero for this many tokens (default: %(default)s)",
     )
     group.add_argument(
         "--no-topk-metrics",
@@ -203,7 +203,12 @@ def _check_files(args: Namespace) -> None:
 def _data_prefixes(args: Namespace) -> list[str]:
     """Dataset prefixes of all splits, without the weights that may stand between them."""
     prefixes: list[str] = []
-    for entries in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
+    for entries in (
+        args.data_path,
+        args.train_data_path,
+        args.valid_data_path,
+        args.test_data_path,
+    ):
         prefixes += [entry for entry in entries or [] if not _is_number(entry)]
     return prefixes
 
@@ -222,5 +227,3 @@ def describe_cpu() -> str:
         "topk_megatron: no CUDA device here; Megatron runs on the CPU "
         "(gloo, local modules, no fused kernels)"
     )
-
-

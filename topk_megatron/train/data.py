@@ -40,7 +40,13 @@ _SETTINGS = {
     "hybrid_context_parallel": "hybrid_context_parallel",
     "inter_document_masking": "dataloader_inter_document_masking",
 }
-_FIM_SETTINGS = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
+_FIM_SETTINGS = (
+    "fim_rate",
+    "fim_spm_rate",
+    "fim_split_sample",
+    "fim_fragment_rate",
+    "fim_no_prefix",
+)
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
@@ -53,7 +59,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     Returns:
         Three datasets; None on ranks that read no data.
     """
-    args = get_args()
+    args: Any = get_args()
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(
         _dataset_class(args), num_samples, partial(_reads_data, args, vp_stage), _config(args)
@@ -73,7 +79,7 @@ def predicts_ahead(args: Namespace, vp_stage: int | None) -> bool:
     """Whether layers of multi-token prediction live on this stage."""
     if not args.mtp_num_layers:
         return False
-    config = core_transformer_config_from_args(args)
+    config: Any = core_transformer_config_from_args(args)
     return mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
         mtp_num_layers=config.mtp_num_layers,

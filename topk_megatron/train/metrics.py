@@ -34,14 +34,16 @@ class LayerMetrics:
     silent: float
 
 
-def gather_metrics(runtime: TopKRuntime, silent_tokens: int, seen_tokens: int) -> list[LayerMetrics]:
+def gather_metrics(
+    runtime: TopKRuntime, silent_tokens: int, seen_tokens: int
+) -> list[LayerMetrics]:
     """Reduce the probes of all ranks; every rank must call it and every rank gets the result.
 
     Args:
         runtime: this rank's TopK layers.
         silent_tokens: how long a neuron must be zero to count as silent.
         seen_tokens: tokens trained on since this process started. The counters begin with the
-            process, so that a neuron is silent when it was zero for min(silent_tokens, seen_tokens).
+            process: a neuron is silent when it was zero for min(silent_tokens, seen_tokens).
     """
     config = runtime.config
     device = torch.device(torch.cuda.current_device())
@@ -111,7 +113,8 @@ def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetr
 
     layers = f"{metrics[0].layer}..{metrics[-1].layer}" if len(metrics) > 1 else metrics[0].layer
     return (
-        f" topk {iteration:8d} | k: {runtime.k} of {runtime.config.hidden_size} | layers: {layers} | "
+        f" topk {iteration:8d} | k: {runtime.k} of {runtime.config.hidden_size} | "
+        f"layers: {layers} | "
         f"density %: {row('density')} | kept norm² %: {row('kept_norm')} | "
         f"silent %: {row('silent')} |"
     )
@@ -120,8 +123,8 @@ def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetr
 def install_metrics(runtime: TopKRuntime) -> None:
     """Have Megatron's `training_log` report the TopK layers too (megatron-core 0.19).
 
-    Megatron calls `training_log` on every rank after every step and offers no hook there. A hook in
-    the forward step would be no place for a collective: pipeline stages reach it at different times.
+    Megatron calls `training_log` on every rank after every step and offers no hook there. The
+    forward step is no place for a collective: pipeline stages reach it at different times.
     """
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
     from megatron.training import get_args, training
@@ -136,7 +139,7 @@ def install_metrics(runtime: TopKRuntime) -> None:
     @functools.wraps(original)
     def training_log(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        settings = get_args()
+        settings: Any = get_args()
         iteration = kwargs["iteration"] if "iteration" in kwargs else args[position]
         tokens = get_current_global_batch_size() * settings.seq_length
         logger.after_step(settings, iteration, tokens)

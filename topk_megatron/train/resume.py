@@ -134,9 +134,7 @@ def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> Non
             )
 
 
-def _check_topk(
-    args: Namespace, config: TopKConfig, saved: Namespace, directory: Path
-) -> None:
+def _check_topk(args: Namespace, config: TopKConfig, saved: Namespace, directory: Path) -> None:
     settings = getattr(saved, "topk", None)
     before = None if settings is None else TopKConfig.from_dict(settings)
     differences = compare_topk(before, config)
@@ -149,7 +147,8 @@ def _check_topk(
         return
     raise CheckpointError(
         f"{directory} was trained with other TopK settings: {text}; use the same, or "
-        "--topk-override to continue with the new ones, or --finetune to start anew from its weights"
+        "--topk-override to continue with the new ones, or --finetune for a new run from its "
+        "weights"
     )
 
 

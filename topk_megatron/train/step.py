@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import mpu
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
@@ -23,6 +23,8 @@ from topk_megatron.model.runtime import TopKRuntime
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]
+# Megatron's globals are Optional to a type checker and set by the time a step runs.
+mpu: Any = parallel_state
 
 _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
@@ -39,8 +41,9 @@ class ForwardStep:
     def __call__(
         self, data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, Any]:
-        """Returns: the model's output (per-token losses [b, s] on the last stage) and its reduction."""
-        args, timers = get_args(), get_timers()
+        """Returns: the model's output (on the last stage losses [b, s]) and its reduction."""
+        args: Any = get_args()
+        timers: Any = get_timers()
         self._begin(args, model.training)
         timers("batch-generator", log_level=2).start()
         batch = get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -117,23 +120,22 @@ def get_batch(args: Namespace, data_iterator: Iterator[Batch], vp_stage: int | N
 def _packed_sequences(args: Namespace, batch: Batch) -> PackedSeqParams | None:
     if batch["cu_seqlens"] is None:
         return None
-    lengths, padded = (
-        None if batch[name] is None else batch[name].squeeze(0)
-        for name in ("cu_seqlens", "cu_seqlens_padded")
-    )
+    lengths: Any = batch["cu_seqlens"].squeeze(0)
+    padded: Any = batch["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
     update_seqlen_stats_from_cu_seqlens(lengths)
     boundaries = lengths if padded is None else padded
     longest = int(batch["max_seqlen"].item())
-    local_cp_size = batch["local_cp_size"]
+    size = None if batch["local_cp_size"] is None else int(batch["local_cp_size"].item())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
+        cu_seqlens_q_padded=padded,  # pyright: ignore[reportArgumentType]
+        cu_seqlens_kv_padded=padded,  # pyright: ignore[reportArgumentType]
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        local_cp_size=size,  # pyright: ignore[reportArgumentType]
         cp_group=batch["hybrid_cp_group"],
         tokens_per_sample=args.seq_length,
     )
@@ -152,13 +154,14 @@ def reduce_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    _validate_loss(get_args(), loss)
+    _validate_loss(loss)
     report = torch.cat([loss.detach().clone().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": report}
 
 
-def _validate_loss(args: Namespace, loss: Tensor) -> None:
+def _validate_loss(loss: Tensor) -> None:
     """Megatron's checks of a rank's own loss, before ranks average it."""
+    args: Any = get_args()
     machine = get_rerun_state_machine()
     checks: list[tuple[Any, str, bool]] = []
     if args.check_for_nan_in_loss_and_grad:

@@ -51,6 +51,7 @@ def redirect_cuda_to_cpu() -> None:
     _patch_tensor_methods()
     _patch_tensor_types()
     _patch_accelerator()
+    _patch_data_loader()
     from topk_megatron.device.megatron_patches import patch_megatron_for_cpu
 
     patch_megatron_for_cpu()
@@ -260,3 +261,21 @@ def _patch_accelerator() -> None:
     accelerator.is_available = _constant(False)
     accelerator.current_accelerator = _constant(None)
     accelerator.device_count = _constant(0)
+
+
+def _patch_data_loader() -> None:
+    # A DataLoader draws a seed from the CPU generator when it is iterated. On a GPU machine no model
+    # uses that generator; here dropout does, and a resumed run, which restores the generator before
+    # it opens its data, would go on with other masks than the run that was interrupted.
+    loader: Any = torch.utils.data.DataLoader
+    original = loader.__iter__
+
+    @functools.wraps(original)
+    def __iter__(self: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    loader.__iter__ = __iter__

@@ -1,11 +1,13 @@
 """The patches of Megatron itself, for megatron-core 0.19; each with its reason.
 
-`patch_megatron_for_cpu` is for machines without CUDA only. `patch_dataset_compiler` is for every
-pip install.
+`patch_megatron_for_cpu` is for machines without CUDA only, the others for every machine.
 """
 
+import functools
 import importlib.util
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,3 +43,24 @@ def patch_dataset_compiler() -> None:
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         utils.compile_helpers = lambda: None
+
+
+def patch_checkpoint_save() -> None:
+    """Mark a checkpoint that is about to be written over as incomplete.
+
+    A run that went back to an earlier checkpoint saves some iterations a second time. Megatron
+    leaves the old ``metadata.json`` in place meanwhile, so that a kill would leave a mixture that
+    looks complete (megatron/core/dist_checkpointing/serialization.py).
+    """
+    from megatron.core import dist_checkpointing
+
+    module: Any = dist_checkpointing
+    original = module.save
+
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("RANK", "0") == "0":
+            (Path(checkpoint_dir) / "metadata.json").unlink(missing_ok=True)
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    module.save = save

@@ -1,6 +1,7 @@
 """The steps of a pretraining run: parse, check, build, hand over to Megatron."""
 
 from argparse import Namespace
+from typing import Any
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
@@ -13,6 +14,7 @@ def parse(device: str) -> tuple[Namespace, TopKConfig]:
         Megatron's arguments (also set as its global ones), with the TopK settings as a plain
         dictionary in ``args.topk`` so that they travel in every checkpoint.
     """
+    from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from topk_megatron.train.arguments import arguments_provider, check_arguments
@@ -25,6 +27,9 @@ def parse(device: str) -> tuple[Namespace, TopKConfig]:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     config = TopKConfig.from_args(args)
     args.topk = config.to_dict()
+    # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.
+    tokenizer: Any = get_tokenizer()
+    args.tokenizer_vocab_size = tokenizer.vocab_size
     return args, config
 
 
@@ -72,7 +77,7 @@ def run(device: str) -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.device.megatron_patches import patch_checkpoint_save, patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import bind_topk
     from topk_megatron.train.data import datasets_provider
@@ -81,6 +86,7 @@ def run(device: str) -> None:
     from topk_megatron.train.step import ForwardStep
 
     patch_dataset_compiler()
+    patch_checkpoint_save()
     args, config = parse(device)
     announce(args, config, device)
     prepare_resume(args, config)

@@ -124,14 +124,14 @@ def _has_legacy_format(load: Path, tracked: Any) -> bool:
 
 
 def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> None:
-    for name in ("vocab_size", "padded_vocab_size"):
-        before, now = getattr(saved, name, None), getattr(args, name, None)
-        if before is not None and now is not None and before != now:
-            raise CheckpointError(
-                f"the tokenizer does not fit the checkpoint: {name} is {before} in {directory} "
-                f"({getattr(saved, 'tokenizer_model', None)}) and {now} here "
-                f"({args.tokenizer_model}); give the tokenizer that the checkpoint was trained with"
-            )
+    before = getattr(saved, "tokenizer_vocab_size", None)
+    now = args.tokenizer_vocab_size
+    if before is not None and before != now:
+        raise CheckpointError(
+            f"the tokenizer does not fit the checkpoint: {directory} was trained with {before} "
+            f"pieces ({saved.tokenizer_model}), {args.tokenizer_model} has {now}; give the "
+            "tokenizer that the checkpoint was trained with"
+        )
 
 
 def _check_topk(args: Namespace, config: TopKConfig, saved: Namespace, directory: Path) -> None:

@@ -5,20 +5,11 @@ the iteration whose save is hit.
 """
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
 from topk_megatron.device import prepare_device
-
-
-def kill_job() -> None:
-    """SIGKILL every rank and torchrun, in no order that anyone could rely on."""
-    launcher = os.getppid()
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    os.kill(launcher, signal.SIGKILL)
-    for pid in [*(int(child) for child in children if int(child) != os.getpid()), os.getpid()]:
-        os.kill(pid, signal.SIGKILL)
+from topk_megatron.testing.launch import kill_job
 
 
 def main() -> None:
@@ -50,7 +41,7 @@ def _kill_in(owner: Any, name: str, doomed: str) -> None:
     def hit(*args: Any, **kwargs: Any) -> Any:
         about = [getattr(args[0], "path", ""), *args, *kwargs.values()]
         if any(doomed in str(argument) for argument in about):
-            kill_job()
+            kill_job(os.getppid())
         return original(*args, **kwargs)
 
     setattr(owner, name, hit)
@@ -64,7 +55,7 @@ def _kill_after_truncating_tracker(checkpointing: Any, doomed: str) -> None:
         file = original(path, mode, *args, **kwargs)
         is_tracker = Path(path).name == "latest_checkpointed_iteration.txt" and "w" in mode
         if is_tracker and (Path(path).parent / doomed).is_dir():
-            kill_job()
+            kill_job(os.getppid())
         return file
 
     storage.open = opened

@@ -46,7 +46,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(
 @pytest.fixture(scope="module")
 def tp2_checkpoint(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tp2")
-    settings = [*flags, *TOPK, *TP2, "--train-iters", "10"]
+    settings = [*flags, *TOPK, *TP2, "--exit-interval", "10"]
     succeeded(pretrain(2, *settings, "--save", directory, "--save-interval", "10"))
     return directory
 
@@ -124,11 +124,12 @@ class TestSettingsOfTheCheckpoint:
         assert "--topk-override" in run.error_line()
 
     def test_override_continues_with_the_new_settings(
-        self, flags: list[str], initial: Path
+        self, flags: list[str], tp2_checkpoint: Path
     ) -> None:
-        change = ["--topk-k", "4", "--topk-layers", "0-2", "--topk-override", "--train-iters", "3"]
-        run = succeeded(pretrain(1, *flags, *change, "--load", initial))
+        change = ["--topk-k", "4", "--topk-layers", "0-2", "--topk-override"]
+        run = succeeded(pretrain(1, *flags, *change, "--load", tp2_checkpoint))
         assert "TopK settings change" in run.output
+        assert "k is 8 in the checkpoint, 4 here" in run.output
         assert "k: 4 of 64" in run.output
 
     def test_dense_checkpoint_starts_a_topk_run_only_when_asked_to(

@@ -264,9 +264,9 @@ def _patch_accelerator() -> None:
 
 
 def _patch_data_loader() -> None:
-    # A DataLoader draws a seed from the CPU generator when it is iterated. On a GPU machine no model
-    # uses that generator; here dropout does, and a resumed run, which restores the generator before
-    # it opens its data, would go on with other masks than the run that was interrupted.
+    # A DataLoader draws a seed from the CPU generator when it is iterated. On a GPU machine no
+    # model uses that generator; here dropout does, and a resumed run, which restores the generator
+    # before it opens its data, would go on with other masks than the interrupted run.
     loader: Any = torch.utils.data.DataLoader
     original = loader.__iter__
 

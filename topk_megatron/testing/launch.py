@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -119,13 +121,16 @@ def pretrain(
         environment: added to this process's own.
     """
     command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard)
-    process = start(command, environment)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException:
-        kill(process)
-        raise
-    return Run(process.returncode, output, tensorboard)
+    # A file and not a pipe: helper processes of a killed rank would hold a pipe open for ever.
+    with tempfile.TemporaryFile("w+") as output:
+        process = start(command, output, environment)
+        try:
+            returncode = process.wait(timeout)
+        except BaseException:
+            kill_job(process.pid)
+            raise
+        output.seek(0)
+        return Run(returncode, output.read(), tensorboard)
 
 
 def command_line(
@@ -140,21 +145,28 @@ def command_line(
     return command
 
 
-def start(command: list[str], environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
-    """Start a job in a process group of its own."""
+def start(
+    command: list[str], output: IO[str], environment: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
+    """Start a job whose ranks write to `output`."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
 
 
-def kill(process: "subprocess.Popen[str]") -> None:
-    """kill -9 the launcher and every rank, as a power cut would."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def kill_job(launcher: int) -> None:
+    """kill -9 torchrun and every rank with its helpers, as a power cut would.
+
+    torchrun gives each rank a session of its own. The process that calls this dies last, if it is
+    one of the job's.
+    """
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    os.kill(launcher, signal.SIGKILL)
+    for rank in sorted(map(int, children), key=lambda pid: pid == os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank, signal.SIGKILL)

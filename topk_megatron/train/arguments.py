@@ -99,6 +99,8 @@ def arguments_provider(device: str) -> Any:
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         add_topk_arguments(parser)
+        # Megatron 0.19 divides by this flag and has no default for it.
+        parser.set_defaults(eval_interval=1000)
         if device == "cpu":
             parser.set_defaults(**CPU_DEFAULTS)
         return parser

@@ -87,7 +87,7 @@ class TopKConfig:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "TopKConfig":
-        """Build from parsed Megatron arguments with the ``--topk-…`` group."""
+        """Build from parsed Megatron arguments with the ``--topk-…`` group; None is the default."""
         k = args.topk_k
         if k is None:
             k = max(1, args.hidden_size // DEFAULT_HIDDEN_PER_K)
@@ -95,9 +95,9 @@ class TopKConfig:
             hidden_size=args.hidden_size,
             num_layers=args.num_layers,
             k=k,
-            layers=parse_layers(args.topk_layers, args.num_layers),
-            mode=args.topk_mode,
-            anneal=args.topk_anneal,
+            layers=parse_layers(args.topk_layers or DEFAULT_LAYERS, args.num_layers),
+            mode=args.topk_mode or "value",
+            anneal=args.topk_anneal or "constant",
             anneal_start_k=args.topk_anneal_start_k,
             anneal_begin=args.topk_anneal_begin or 0,
             anneal_end=args.topk_anneal_end or 0,

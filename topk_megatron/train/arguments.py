@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
 from topk_megatron.errors import ConfigError, DataError
+from topk_megatron.train.data_files import check_data_files
 
 # What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
 # modules for Transformer Engine's, and no kernel that exists for GPUs only.
@@ -41,26 +42,27 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--topk-layers",
-        default=DEFAULT_LAYERS,
         metavar="LAYERS",
         help="layers with a TopK, counted from 0: 0-9 or 0,2,5 or all or all,-2 (all but the last "
-        "two) or none (the dense model) (default: %(default)s)",
+        f"two) or none (the dense model) (default: {DEFAULT_LAYERS})",
     )
     group.add_argument(
         "--topk-mode",
-        default="value",
         choices=get_args(Mode),
-        help="keep the largest values or the largest magnitudes (default: %(default)s)",
+        help="keep the largest values or the largest magnitudes (default: value)",
     )
     group.add_argument(
         "--topk-anneal",
-        default="constant",
         choices=get_args(Anneal),
         help="how k goes from its start to --topk-k; exponential is linear in log k "
-        "(default: %(default)s)",
+        "(default: constant)",
     )
-    for name, unit in (("start-k", "k before annealing begins (default: the hidden size)"),):
-        group.add_argument(f"--topk-anneal-{name}", type=int, metavar="K", help=unit)
+    group.add_argument(
+        "--topk-anneal-start-k",
+        type=int,
+        metavar="K",
+        help="k before annealing begins (default: the hidden size)",
+    )
     group.add_argument(
         "--topk-anneal-begin",
         type=int,
@@ -190,37 +192,10 @@ def _check_files(args: Namespace) -> None:
             f"--tokenizer-model {args.tokenizer_model} does not exist; "
             "make one with tools/train_tokenizer.py"
         )
-    for prefix in _data_prefixes(args):
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                raise DataError(
-                    f"dataset file {prefix}{suffix} does not exist; make it with "
-                    "tools/preprocess_data.py and give the path without .bin"
-                )
+    check_data_files(args)
     sources = (args.data_path, args.train_data_path, args.data_args_path, args.mock_data)
     if not any(sources) and args.per_split_data_args_path is None:
         raise DataError("no training data: give --data-path PREFIX (or --mock-data)")
-
-
-def _data_prefixes(args: Namespace) -> list[str]:
-    """Dataset prefixes of all splits, without the weights that may stand between them."""
-    prefixes: list[str] = []
-    for entries in (
-        args.data_path,
-        args.train_data_path,
-        args.valid_data_path,
-        args.test_data_path,
-    ):
-        prefixes += [entry for entry in entries or [] if not _is_number(entry)]
-    return prefixes
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def describe_cpu() -> str:

@@ -18,6 +18,7 @@ def parse(device: str) -> tuple[Namespace, TopKConfig]:
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from topk_megatron.train.arguments import arguments_provider, check_arguments
+    from topk_megatron.train.resume import choose_settings
 
     provider = arguments_provider(device)
     check_arguments(parse_args(provider), device)
@@ -25,7 +26,7 @@ def parse(device: str) -> tuple[Namespace, TopKConfig]:
         args = parse_and_validate_args(extra_args_provider=provider)
     except AssertionError as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
-    config = TopKConfig.from_args(args)
+    config = choose_settings(args)
     args.topk = config.to_dict()
     # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.
     tokenizer: Any = get_tokenizer()

@@ -36,6 +36,23 @@ def prepare_resume(args: Namespace, config: TopKConfig) -> None:
     _check_topk(args, config, saved, directory)
 
 
+_FLAGS = ("k", "layers", "mode", "anneal", "anneal_start_k", "anneal_begin", "anneal_end")
+
+
+def choose_settings(args: Namespace) -> TopKConfig:
+    """This run's TopK settings: its flags, or under ``--use-checkpoint-args`` the checkpoint's.
+
+    A ``--topk-…`` flag on the command line wins over the checkpoint, as a whole.
+    """
+    given = any(getattr(args, f"topk_{name}") is not None for name in _FLAGS)
+    if args.use_checkpoint_args and args.load is not None and not given:
+        directory = find_checkpoint(Path(args.load), args.ckpt_step)
+        saved = None if directory is None else read_checkpoint_args(directory)
+        if (settings := getattr(saved, "topk", None)) is not None:
+            return TopKConfig.from_dict(settings)
+    return TopKConfig.from_args(args)
+
+
 def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False) -> Path | None:
     """The torch_dist checkpoint that Megatron will load from `load`, or None.
 

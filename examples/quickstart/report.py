@@ -1,0 +1,79 @@
+"""What the quickstart shows at its end: perplexities, loss curves, samples."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained model.
+
+    Attributes:
+        name: ``topk`` or ``dense``.
+        directory: its checkpoints, logs and TensorBoard events.
+        seconds: wall time of its training process in this run.
+    """
+
+    name: str
+    directory: Path
+    seconds: float
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """Logged values by iteration."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.directory / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    def validation_loss(self) -> float:
+        """Loss on held-out plays after the last step, in nats a token."""
+        losses = self.scalars("lm loss validation")
+        return losses[max(losses)]
+
+
+def compare(models: list[Model], samples: dict[str, str], prompt: str) -> str:
+    """The table, and a sample of each model under it."""
+    rows = ["", "== the two models on held-out plays, after the same tokens", ""]
+    rows.append(f"{'model':<8}{'validation loss':>18}{'perplexity':>14}{'ms a step':>12}{'s':>8}")
+    for model in models:
+        loss = model.validation_loss()
+        times = model.scalars("iteration-time")
+        milliseconds = 1e3 * statistics.median(times.values()) if times else math.nan
+        rows.append(
+            f"{model.name:<8}{loss:>18.4f}{math.exp(loss):>14.2f}{milliseconds:>12.0f}"
+            f"{model.seconds:>8.0f}"
+        )
+    for model in models:
+        rows += ["", f"-- {model.name} continues {prompt.strip()!r}:", samples[model.name].strip()]
+    return "\n".join(rows)
+
+
+def plot_losses(models: list[Model], path: Path) -> Path:
+    """Draw training and validation loss of both models to a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
+    for model, colour in zip(models, ("#d95f02", "#1f4e79"), strict=True):
+        losses = model.scalars("lm loss")
+        axes.plot(list(losses), list(losses.values()), color=colour, lw=1.2, label=model.name)
+        final = model.validation_loss()
+        axes.plot(
+            max(losses), final, "o", color=colour, label=f"{model.name}, held out: {final:.3f}"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title("TopK language model and its dense twin on Shakespeare")
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path

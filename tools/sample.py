@@ -1,0 +1,48 @@
+"""Print text that a Megatron checkpoint writes.
+
+python tools/sample.py --load runs/quickstart/topk --prompt "**ROMEO**" --tokens 80
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from topk_megatron.cli import exit_on_user_error
+from topk_megatron.device import prepare_device
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--iteration", type=int, help="which checkpoint (default: the latest)")
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
+    parser.add_argument("--tokens", type=int, default=80, help="tokens to write for each")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.temperature < 0:
+        parser.error(f"--temperature must be at least 0, got {args.temperature}")
+    return args
+
+
+@exit_on_user_error
+def main() -> None:
+    """Load once, then continue every prompt."""
+    args = parse()
+    device = prepare_device()
+    from topk_megatron.train.sample import Sampler
+
+    # Megatron talks while it loads; standard output is for the text.
+    with contextlib.redirect_stdout(sys.stderr):
+        sampler = Sampler(args.load, device, args.iteration)
+    for prompt in args.prompt:
+        text = sampler(prompt, args.tokens, temperature=args.temperature, seed=args.seed)
+        print(f"{prompt}{text}\n")
+
+
+if __name__ == "__main__":
+    main()

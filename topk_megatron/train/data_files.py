@@ -1,0 +1,86 @@
+"""Checks dataset files before Megatron opens them: present, well formed, enough documents."""
+
+import struct
+from argparse import Namespace
+from pathlib import Path
+
+from topk_megatron.errors import DataError
+
+# Layout of Megatron's index: magic, version (u64), dtype code (u8), sequences (u64), documents (u64)
+# (megatron/core/datasets/indexed_dataset.py).
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_PARTS = ("train", "validation", "test")
+
+
+def check_data_files(args: Namespace) -> None:
+    """Refuse missing or broken dataset files, and splits that leave a part without a document.
+
+    Raises:
+        DataError: names the file and what to do.
+    """
+    shared = _prefixes(args.data_path)
+    separate = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    for prefix in (*shared, *(prefix for paths in separate for prefix in _prefixes(paths))):
+        documents = count_documents(prefix)
+        if prefix in shared:
+            _check_split(prefix, documents, args)
+
+
+def count_documents(prefix: str) -> int:
+    """Documents in ``PREFIX.idx``, after a look at its header and at the size of ``PREFIX.bin``."""
+    for suffix in (".bin", ".idx"):
+        if not Path(prefix + suffix).is_file():
+            raise DataError(
+                f"dataset file {prefix}{suffix} does not exist; make it with "
+                "tools/preprocess_data.py and give the path without .bin"
+            )
+    with open(f"{prefix}.idx", "rb") as index:
+        header = index.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise DataError(
+            f"{prefix}.idx is no Megatron dataset index; make it anew with tools/preprocess_data.py"
+        )
+    return _HEADER.unpack(header)[3]
+
+
+def _check_split(prefix: str, documents: int, args: Namespace) -> None:
+    """Megatron would look for ever for samples in a part that has no document."""
+    weights = split_weights(args.split or "969,30,1")
+    total = sum(weights)
+    wanted = (True, bool(args.eval_iters), bool(args.eval_iters))
+    start = 0.0
+    for part, weight, needed in zip(_PARTS, weights, wanted, strict=False):
+        end = start + weight
+        count = round(end / total * documents) - round(start / total * documents)
+        if needed and weight > 0 and count < 1:
+            raise DataError(
+                f"--split {args.split or '969,30,1'} leaves the {part} part of {prefix} "
+                f"({documents} documents) without a document; give it more weight, such as "
+                "--split 90,5,5, or 0"
+            )
+        start = end
+
+
+def split_weights(split: str) -> list[float]:
+    """Read ``90,8,2`` (or with / between) as three weights, filled up with zeros."""
+    try:
+        weights = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
+    except ValueError as error:
+        raise DataError(f"--split takes numbers such as 90,8,2, got {split!r}") from error
+    if len(weights) > len(_PARTS) or any(weight < 0 for weight in weights) or not sum(weights):
+        raise DataError(f"--split takes up to three weights that are not negative, got {split!r}")
+    return weights + [0.0] * (len(_PARTS) - len(weights))
+
+
+def _prefixes(entries: list[str] | None) -> list[str]:
+    """Dataset prefixes without the weights that may stand between them."""
+    return [entry for entry in entries or [] if not _is_number(entry)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

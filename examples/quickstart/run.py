@@ -30,7 +30,7 @@ MODEL = (
 TRAINING = (
     "--micro-batch-size 4 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine "
     "--lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 "
-    "--split 90,10,0 --eval-iters 8 --log-interval 10 --num-workers 0 "
+    "--split 90,10,0 --eval-iters 40 --log-interval 10 --num-workers 0 "
     "--pipeline-model-parallel-size 2"
 )
 VARIANTS = {
@@ -92,9 +92,8 @@ def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
     tokenizer, dataset = directory / "tokenizer.model", directory / "plays-tokens"
     if not tokenizer.exists():
         step(f"training a sentencepiece tokenizer of {VOCAB_SIZE} pieces")
-        tool(
-            "train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", VOCAB_SIZE
-        )
+        size = ("--vocab-size", VOCAB_SIZE)
+        tool("train_tokenizer.py", "--input", text, "--output", tokenizer, *size)
     if not Path(f"{dataset}.idx").exists():
         step("tokenizing the plays")
         tool(
@@ -117,11 +116,13 @@ def train(
         *MODEL.split(),
         *TRAINING.split(),
         *variant.split(),
-        *("--train-iters", str(args.steps), "--eval-interval", str(args.steps)),
+        # Evaluated once, after the last step.
+        *("--train-iters", str(args.steps), "--eval-interval", str(args.steps + 1)),
         *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
         *("--save", str(directory), "--load", str(directory), "--save-interval", "120"),
         *("--tensorboard-dir", str(directory / "tensorboard"), "--tensorboard-log-interval", "1"),
+        "--log-timers-to-tensorboard",
     ]
     print(shlex.join(command[1:]), flush=True)
     started = time.perf_counter()
@@ -163,11 +164,7 @@ def run(command: list[str], log: Path | None = None) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            if (
-                line.startswith(("error:", "topk_megatron:"))
-                or "lm loss" in line
-                or " topk " in line
-            ):
+            if line.startswith(("error:", "topk_megatron:", " topk ")) or "lm loss" in line:
                 print(line.rstrip(), flush=True)
     if process.wait():
         sys.exit(f"error: training failed; its whole output is in {log}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from topk_megatron.errors import DataError
 
-# Layout of Megatron's index: magic, version (u64), dtype code (u8), sequences (u64), documents (u64)
-# (megatron/core/datasets/indexed_dataset.py).
+# Megatron's index begins with: magic, version (u64), dtype code (u8), sequences (u64), documents
+# (u64); see megatron/core/datasets/indexed_dataset.py.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _PARTS = ("train", "validation", "test")

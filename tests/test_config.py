@@ -1,0 +1,142 @@
+"""Which settings are accepted, what they mean, and what a wrong one is told."""
+
+from argparse import Namespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topk_megatron.config import TopKConfig, parse_layers
+from topk_megatron.errors import ConfigError
+from topk_megatron.schedule import k_at
+
+
+def config(**changes: object) -> TopKConfig:
+    settings = {"hidden_size": 256, "num_layers": 6, "k": 16, "layers": (0, 1, 2, 3)}
+    return TopKConfig(**{**settings, **changes})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ("all,-2", (0, 1, 2, 3)),
+        ("all, -1", (0, 1, 2, 3, 4)),
+        ("none", ()),
+        ("0-2", (0, 1, 2)),
+        ("5,0,2", (0, 2, 5)),
+        ("0-1,4-5", (0, 1, 4, 5)),
+        ("3", (3,)),
+    ],
+)
+def test_layer_lists_are_read(text: str, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("6", "layer 6 is out of range; this model's layers are 0 to 5"),
+        ("0-99999999999999", "layer 99999999999999 is out of range"),
+        ("1,1", "layer 1 is listed twice"),
+        ("0-3,2", "layer 2 is listed twice"),
+        ("3-1", "the range 3-1 runs backwards"),
+        ("-2", "got '-2'"),
+        ("", "got ''"),
+        ("0,,1", "got ''"),
+        ("all,2", "got 'all'"),
+        ("first", "got 'first'"),
+        ("all,-6", "leaves no TopK layer in a model of 6 layers"),
+    ],
+)
+def test_wrong_layer_lists_are_refused_in_words(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_layers(text, 6)
+    assert complaint in str(error.value)
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_a_list_of_numbers_comes_back_sorted(layers: set[int]) -> None:
+    text = ",".join(map(str, layers)) or "none"
+    assert parse_layers(text, 41) == tuple(sorted(layers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"k": 0}, "topk_k must be in [1, hidden_size=256], got 0; raise --topk-k"),
+        ({"k": 257}, "topk_k must be in [1, hidden_size=256], got 257; lower --topk-k"),
+        ({"mode": "largest"}, "--topk-mode must be value or abs"),
+        ({"layers": (6,)}, "layer 6 is out of range"),
+        ({"layers": (1, 1)}, "layer 1 is listed twice"),
+        ({"anneal": "sudden"}, "--topk-anneal must be one of"),
+        ({"anneal_end": 10}, "--topk-anneal is constant"),
+        ({"anneal": "linear"}, "must end after it begins"),
+        ({"anneal": "linear", "anneal_begin": 9, "anneal_end": 5}, "--topk-anneal-end is 5"),
+        ({"anneal": "linear", "anneal_begin": -1, "anneal_end": 5}, "at least 0"),
+        ({"anneal": "linear", "anneal_end": 5, "anneal_start_k": 999}, "anneal_start_k"),
+    ],
+)
+def test_wrong_settings_say_what_to_change(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(**changes)
+    assert complaint in str(error.value)
+
+
+def test_settings_survive_the_way_through_a_checkpoint() -> None:
+    original = config(mode="abs", anneal="cosine", anneal_begin=3, anneal_end=9)
+    assert TopKConfig.from_dict(original.to_dict()) == original
+
+
+@pytest.mark.parametrize("change", [{"surprise": 1}, {"mode": None}])
+def test_missing_and_unknown_settings_of_a_checkpoint_are_errors(change: dict[str, object]) -> None:
+    settings = {**config().to_dict(), **change}
+    if settings["mode"] is None:
+        del settings["mode"]
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        TopKConfig.from_dict(settings)
+
+
+def test_defaults_are_a_sixteenth_of_the_neurons_at_all_but_two_layers() -> None:
+    flags = dict.fromkeys(
+        [
+            "topk_k",
+            "topk_layers",
+            "topk_mode",
+            "topk_anneal",
+            "topk_anneal_start_k",
+            "topk_anneal_begin",
+            "topk_anneal_end",
+        ]
+    )
+    settings = TopKConfig.from_args(Namespace(hidden_size=256, num_layers=6, **flags))
+    assert (settings.k, settings.layers, settings.mode) == (16, (0, 1, 2, 3), "value")
+
+
+KINDS = ("linear", "cosine", "exponential")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    start=st.integers(1, 256),
+    k=st.integers(1, 256),
+    begin=st.integers(0, 50),
+    length=st.integers(1, 50),
+)
+def test_k_goes_from_start_to_end_without_turning_back(
+    kind: str, start: int, k: int, begin: int, length: int
+) -> None:
+    end = begin + length
+    settings = config(k=k, anneal=kind, anneal_start_k=start, anneal_begin=begin, anneal_end=end)
+    ks = [k_at(settings, iteration) for iteration in range(end + 3)]
+    assert set(ks[: begin + 1]) == {start}
+    assert set(ks[end:]) == {k}
+    assert ks == sorted(ks, reverse=start > k)
+
+
+def test_k_half_way_is_that_of_the_formula() -> None:
+    half = {"anneal_begin": 0, "anneal_end": 10, "k": 16}
+    assert k_at(config(anneal="linear", **half), 5) == (256 + 16) // 2
+    assert k_at(config(anneal="cosine", **half), 5) == (256 + 16) // 2
+    assert k_at(config(anneal="exponential", **half), 5) == 64
+    assert k_at(config(), 5) == 16

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "topk_mask_cpu.h"
 #include "topk_mask_cpu_keys.h"

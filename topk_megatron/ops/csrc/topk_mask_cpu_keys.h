@@ -8,10 +8,11 @@
 
 namespace topk_megatron {
 
-template <typename Raw_, typename Key_, Raw_ kInf_>
+template <typename Raw_, typename Key_, typename Lane_, Raw_ kInf_>
 struct Format {
-  using Raw = Raw_;  // the bit pattern as an unsigned integer
-  using Key = Key_;  // wide enough for +-kNanKey and one more
+  using Raw = Raw_;    // the bit pattern as an unsigned integer
+  using Key = Key_;    // for arithmetic on keys
+  using Lane = Lane_;  // just wide enough for +-kNanKey, as wide as Raw
   static constexpr Raw kInf = kInf_;
   static constexpr Raw kMagnitude = static_cast<Raw>(~Raw{0}) >> 1;
   static constexpr Key kNanKey = static_cast<Key>(kInf_) + 1;
@@ -28,17 +29,17 @@ struct Format {
   }
 
   template <bool Abs>
-  static constexpr Key key(Raw raw) {
-    const Raw magnitude = raw & kMagnitude;
-    if (magnitude > kInf) return kNanKey;
-    return (!Abs && raw > kMagnitude) ? -static_cast<Key>(magnitude) : static_cast<Key>(magnitude);
+  static constexpr Key key(Raw raw) {  // without branches, for the vectoriser
+    const Key magnitude = static_cast<Key>(raw & kMagnitude);
+    const Key number = (!Abs && raw > kMagnitude) ? -magnitude : magnitude;
+    return magnitude > static_cast<Key>(kInf) ? kNanKey : number;
   }
 };
 
-using Float32 = Format<uint32_t, int32_t, 0x7f800000u>;
-using BFloat16 = Format<uint16_t, int32_t, 0x7f80u>;
-using Float16 = Format<uint16_t, int32_t, 0x7c00u>;
-using Float64 = Format<uint64_t, int64_t, 0x7ff0000000000000ull>;
+using Float32 = Format<uint32_t, int32_t, int32_t, 0x7f800000u>;
+using BFloat16 = Format<uint16_t, int32_t, int16_t, 0x7f80u>;
+using Float16 = Format<uint16_t, int32_t, int16_t, 0x7c00u>;
+using Float64 = Format<uint64_t, int64_t, int64_t, 0x7ff0000000000000ull>;
 
 constexpr int kBlock = 32;  // elements handled at once: one word of the bitmask
 

@@ -39,7 +39,7 @@ struct Plan {
   int tail;            // elements after them
   int sample_pieces;   // 64-byte pieces; 0: do not sample
   int64_t sample_stride;
-  int sample_rank, sample_slack;
+  int sample_rank, sample_middle, sample_slack;
 };
 
 constexpr int kMaxSample = 256;
@@ -69,6 +69,7 @@ Plan make_plan(int64_t hidden, int64_t k) {
   plan.sample_pieces = sample_size / kPiece;
   plan.sample_stride = (hidden - kPiece) / (plan.sample_pieces - 1);
   plan.sample_rank = static_cast<int>(rank);
+  plan.sample_middle = std::max(1, static_cast<int>(mean + 0.5));
   plan.sample_slack = static_cast<int>(rank / 8.0);
   return plan;
 }
@@ -94,6 +95,11 @@ struct Row {
   using Key = typename F::Key;
   using V = Ops<F, Abs>;
 
+  struct Guess {
+    Key collect;  // about k + 2.5 sigma coordinates reach it
+    Key probe;    // about the k-th key
+  };
+
   static int64_t count(const Raw* p, int64_t num_blocks, Key t) {
     const auto threshold = V::threshold(t);
     int64_t total = 0;
@@ -107,22 +113,21 @@ struct Row {
     Key best = F::kNanKey;
     for (int64_t i = 0; i < n; ++i) {
       const Key key = F::template key<Abs>(p[i]);
-      best = (key >= t && key < best) ? key : best;
+      best = std::min(best, key >= t ? key : F::kNanKey);
     }
     return best;
   }
 
-  // A key that at least `rank` of the sample reach and not many more: 4-ary search on 16-bit keys.
+  // Move a bracket over the sample until `low` is reached by at least `rank` of it and not by many
+  // more: 4-ary search on 16-bit keys.
   template <typename S>
-  static typename S::Key search_sample(const uint16_t* sample, int num_blocks, const Plan& plan) {
+  static void search(const uint16_t* sample, int num_blocks, int rank, int slack,
+                     Bracket<int>& at) {
     using W = Ops<S, Abs>;
-    typename S::Key low = S::template min_key<Abs>(), high = S::kNanKey + 1;
-    int num_low = num_blocks * kBlock;
-    while (high - low > 1 && num_low > plan.sample_rank + plan.sample_slack) {
-      const auto quarter = (high - low + 3) / 4;
-      typename S::Key probe[3];
-      int num[3] = {0, 0, 0};
-      for (int i = 0; i < 3; ++i) probe[i] = std::min(low + quarter * (i + 1), high - 1);
+    while (at.high - at.low > 1 && at.num_low > rank + slack) {
+      const int quarter = (at.high - at.low + 3) / 4;
+      int probe[3], num[3] = {0, 0, 0};
+      for (int i = 0; i < 3; ++i) probe[i] = std::min(at.low + quarter * (i + 1), at.high - 1);
       const auto t0 = W::threshold(probe[0]), t1 = W::threshold(probe[1]),
                  t2 = W::threshold(probe[2]);
       for (int b = 0; b < num_blocks; ++b) {
@@ -131,32 +136,47 @@ struct Row {
         num[2] += __builtin_popcount(W::ge(sample + b * kBlock, t2));
       }
       int passed = 0;
-      while (passed < 3 && num[passed] >= plan.sample_rank) ++passed;
-      if (passed < 3) high = probe[passed];
-      if (passed > 0) low = probe[passed - 1], num_low = num[passed - 1];
+      while (passed < 3 && num[passed] >= rank) ++passed;
+      if (passed < 3) at.high = probe[passed], at.num_high = num[passed];
+      if (passed > 0) at.low = probe[passed - 1], at.num_low = num[passed - 1];
     }
-    return low;
   }
 
-  static Key sample_threshold(const Raw* x, const Plan& plan) {
+  // {the key to collect from, about the k-th key} as 16-bit keys.
+  template <typename S>
+  static std::pair<int, int> search_sample(const uint16_t* sample, int num_blocks,
+                                           const Plan& plan) {
+    Bracket<int> at{S::template min_key<Abs>(), num_blocks * kBlock, S::kNanKey + 1, 0};
+    search<S>(sample, num_blocks, plan.sample_rank, plan.sample_slack, at);
+    const int collect = at.low;
+    if (at.num_high >= plan.sample_middle)  // the upper end lies below the middle: start from it
+      at = {at.high, at.num_high, S::kNanKey + 1, 0};
+    search<S>(sample, num_blocks, plan.sample_middle, plan.sample_slack / 2, at);
+    return {collect, at.low};
+  }
+
+  // A float32's upper half is a bfloat16 truncated toward zero: the smallest key with this one's.
+  static Key widen(int upper) { return upper > 0 ? upper * 65536 : upper * 65536 - 65535; }
+
+  static Guess sample_guess(const Raw* x, const Plan& plan) {
     constexpr int kPiece = 64 / sizeof(Raw);
     const int size = plan.sample_pieces * kPiece;
     alignas(64) uint16_t narrow[kMaxSample];
     if constexpr (sizeof(Raw) == 2) {
       for (int i = 0; i < plan.sample_pieces; ++i)
         std::memcpy(narrow + i * kPiece, x + i * plan.sample_stride, 64);
-      return search_sample<F>(narrow, size / kBlock, plan);
+      const auto [low, middle] = search_sample<F>(narrow, size / kBlock, plan);
+      return {low, middle};
     } else if constexpr (sizeof(Raw) == 4) {
       alignas(64) uint32_t wide[kMaxSample];
       for (int i = 0; i < plan.sample_pieces; ++i)
         std::memcpy(wide + i * kPiece, x + i * plan.sample_stride, 64);
       for (int i = 0; i < size; ++i) narrow[i] = static_cast<uint16_t>(wide[i] >> 16);
-      // A float32's upper half is a bfloat16 truncated toward zero.
-      const Key upper = search_sample<BFloat16>(narrow, size / kBlock, plan);
-      const Key t = upper > 0 ? upper * 65536 : upper * 65536 - 65535;
-      return smallest_from(wide, size, std::max(t, F::template min_key<Abs>()));
+      const auto [low, middle] = search_sample<BFloat16>(narrow, size / kBlock, plan);
+      const Key t = std::max(widen(low), F::template min_key<Abs>());
+      return {smallest_from(wide, size, t), widen(middle)};
     } else {
-      return F::template min_key<Abs>();
+      return {F::template min_key<Abs>(), F::kNanKey};
     }
   }
 
@@ -183,87 +203,159 @@ struct Row {
     std::memcpy(last, x + plan.num_blocks * kBlock, plan.tail * sizeof(Raw));
   }
 
-  // Where log(count), taken as linear between the bracket's ends, crosses k.
-  static Key interpolate(const Bracket<Key>& at, Key high, int64_t num_high, int64_t k) {
-    const float top = log2_about(static_cast<float>(at.num_low));
-    const float goal = log2_about(static_cast<float>(k));
-    const float bottom = log2_about(std::max(static_cast<float>(num_high), 0.5f));
-    const Bracket<Key> to{at.low, 0, high, 0};
-    const float part = std::min(std::max((top - goal) / (top - bottom), 0.0f), 0.99f);
-    return at.between(static_cast<uint64_t>(static_cast<float>(to.gap()) * part));
+  // Where the line through (low, log num_low) and (high, log num_high) crosses log(goal); beyond
+  // `high` too, by at most the bracket's own width.
+  static Key on_line(const Bracket<Key>& line, float goal) {
+    const float top = log2_about(static_cast<float>(line.num_low));
+    const float bottom = log2_about(std::max(static_cast<float>(line.num_high), 0.5f));
+    const float part = (top - log2_about(std::max(goal, 0.5f))) / std::max(top - bottom, 1e-3f);
+    return line.between(static_cast<uint64_t>(static_cast<float>(line.gap()) *
+                                              std::min(std::max(part, 0.0f), 8.0f)));
   }
 
   // Shrink the bracket until the selection is known: num_low == k, or low is the k-th key.
-  static void narrow(const Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found) {
-    const int64_t num_blocks = (num_found + kBlock - 1) / kBlock;
+  static void narrow(const Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found, Key probe) {
     if (at.num_low == k || at.gap() == 1) return;
-    // Many more than asked for: ties at low itself are likely (after ReLU, equal, quantised).
-    Key probe = at.low + 1;
-    const bool ties = num_found > 2 * k + 64;
-    const Key hint = V::max_key_hint(found, num_blocks);
-    for (int step = 0;; ++step) {
-      const bool open = at.high > F::kNanKey;  // nothing is known about the upper end yet
-      if (step > 0 || !ties) {
-        const Key high = open && hint > at.low ? hint : at.high;
-        const int64_t num_high = open ? 1 : at.num_high;
-        probe = step < 6 ? interpolate(at, high, num_high, k) : at.between(at.gap() / 2);
-        // Values with gaps between them: step from one that occurs to the next.
-        if (step >= 6 && step % 2 == 0) {
-          at.low = smallest_from(found, num_found, at.low);
-          probe = at.low + 1;
-        }
-      }
+    const int64_t num_blocks = (num_found + kBlock - 1) / kBlock;
+    Bracket<Key> line{};  // through the two latest counts
+    if (probe >= F::kNanKey) {
+      line = {at.low, at.num_low, V::max_key_hint(found, num_blocks), 1};
+      probe = on_line(line, static_cast<float>(k));
+    }
+    // Many more than asked for: ties at low are likely (after ReLU, all equal, quantised).
+    if (num_found > 4 * k + kBlock) probe = at.low + 1;
+    for (int step = 0; at.num_low - at.num_high > kBlock; ++step) {
       probe = std::min(std::max<Key>(probe, at.low + 1), at.high - 1);
       const int64_t num = count(found, num_blocks, probe);
       if (num >= k) {
+        line = {at.low, at.num_low, probe, num};
         at.low = probe, at.num_low = num;
       } else {
         at.high = probe, at.num_high = num;
       }
       if (at.num_low == k || at.gap() == 1) return;
+      // Aim past k, so that the next probe is likely to close the bracket from the other side.
+      const float goal = static_cast<float>(k - (num - k) / 4 + (num >= k ? -2 : 2));
+      if (step < 6) {
+        probe = on_line(at.high > F::kNanKey ? line : at, goal);
+      } else if (step % 2 == 0) {  // many equal values: step from one that occurs to the next
+        at.low = smallest_from(found, num_found, at.low);
+        if (at.gap() == 1) return;
+        probe = at.low + 1;
+      } else {
+        probe = at.between(at.gap() / 2);
+      }
     }
+    rank_window(found, num_blocks, at, k);
   }
 
-  // Write everything above t and the first `ties_to_take` with key == t (all, if take_all).
+  // The bracket holds at most one block: rank its members against each other.
+  static void rank_window(const Raw* found, int64_t num_blocks, Bracket<Key>& at, int64_t k) {
+    using Lane = typename F::Lane;
+    alignas(64) Raw window[3 * kBlock];
+    Raw* end = window;
+    const auto low = V::threshold(at.low);
+    const int num = static_cast<int>(at.num_low - at.num_high);
+    if (at.high > F::kNanKey) {
+      for (int64_t b = 0; b < num_blocks; ++b)
+        end = V::compress(found + b * kBlock, V::ge(found + b * kBlock, low), end);
+    } else {
+      const auto high = V::threshold(at.high);
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        const Raw* from = found + b * kBlock;
+        end = V::compress(from, V::ge(from, low) & ~V::ge(from, high), end);
+      }
+    }
+    alignas(64) Lane keys[kBlock], num_above[kBlock] = {};
+    for (int i = 0; i < kBlock; ++i)
+      keys[i] = i < num ? static_cast<Lane>(F::template key<Abs>(window[i]))
+                        : static_cast<Lane>(F::template min_key<Abs>() - 1);
+    for (int j = 0; j < num; ++j)
+      for (int i = 0; i < kBlock; ++i) num_above[i] += keys[j] > keys[i];
+    const Lane wanted = static_cast<Lane>(k - at.num_high);  // of this window; at most kBlock
+    Lane t = static_cast<Lane>(F::kNanKey);
+    for (int i = 0; i < kBlock; ++i)
+      t = std::min(t, num_above[i] < wanted ? keys[i] : static_cast<Lane>(F::kNanKey));
+    int64_t num_from = 0, num_over = 0;
+    for (int i = 0; i < kBlock; ++i) num_from += keys[i] >= t, num_over += keys[i] > t;
+    at = {t, at.num_high + num_from, t + 1, at.num_high + num_over};
+  }
+
+  // Write everything above t and the first `num_ties` with key == t; all of them, if take_all.
+  // The bitmask is stored four words at a time: its stores between those to y stall y's lines.
   template <bool Stream>
   static void emit(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan, Key t,
-                   int64_t ties_to_take, bool take_all) {
+                   int64_t num_ties, bool take_all) {
     auto threshold = V::threshold(t);
     int64_t b = 0;
-    bool open = !take_all;  // ties remain to be taken one by one
+    bool open = !take_all;  // ties remain to be taken
     if (open) {
       const auto above = V::threshold(t + 1);
-      for (; b < plan.num_blocks && open; ++b) {
-        const Raw* from = x + b * kBlock;
-        if (Stream) prefetch_block(from + plan.hidden);
-        uint32_t mask = V::ge(from, threshold);
-        const uint32_t more = V::ge(from, above);
-        const int num_ties = __builtin_popcount(mask & ~more);
-        if (num_ties >= ties_to_take) {
-          mask = more | lowest_bits(mask & ~more, static_cast<int>(ties_to_take));
-          open = false;
-        }
-        ties_to_take -= num_ties;
-        bits[b] = mask;
-        V::template mask_store<Stream>(from, y + b * kBlock, mask);
-      }
+      b = emit_ties<Stream>(x, y, bits, plan, threshold, above, num_ties);
+      open = num_ties > 0;
       if (!open) threshold = above;
     }
-    for (; b < plan.num_blocks; ++b) {
-      if (Stream) prefetch_block(x + b * kBlock + plan.hidden);
-      bits[b] = V::template ge_store<Stream>(x + b * kBlock, y + b * kBlock, threshold);
+    for (; b + 4 <= plan.num_blocks; b += 4) {
+      uint32_t words[4];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = (b + i) * kBlock;
+        prefetch<Stream>(x, y, at, plan);
+        words[i] = V::template ge_store<Stream>(x + at, y + at, threshold);
+      }
+      store_words(bits + b, words);
     }
-    if (plan.tail != 0) emit_tail(x, y, bits, plan, t, ties_to_take, threshold, open);
+    for (; b < plan.num_blocks; ++b)
+      bits[b] = V::template ge_store<Stream>(x + b * kBlock, y + b * kBlock, threshold);
+    if (plan.tail != 0) emit_tail(x, y, bits, plan, t, num_ties, threshold, open);
+  }
+
+  // The part of emit before the last tie to be taken; returns the block after it.
+  template <bool Stream>
+  static int64_t emit_ties(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan,
+                           typename V::Threshold threshold, typename V::Threshold above,
+                           int64_t& num_ties) {
+    int64_t b = 0;
+    for (; b + 4 <= plan.num_blocks; b += 4) {
+      uint32_t words[4];
+      int found = 0;
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = (b + i) * kBlock;
+        prefetch<Stream>(x, y, at, plan);
+        words[i] = V::ge(x + at, threshold);
+        found += __builtin_popcount(words[i] & ~V::ge(x + at, above));
+      }
+      if (found >= num_ties) break;
+      num_ties -= found;
+      for (int i = 0; i < 4; ++i)
+        V::template mask_store<Stream>(x + (b + i) * kBlock, y + (b + i) * kBlock, words[i]);
+      store_words(bits + b, words);
+    }
+    for (; b < plan.num_blocks && num_ties > 0; ++b) {
+      uint32_t mask = V::ge(x + b * kBlock, threshold);
+      const uint32_t more = V::ge(x + b * kBlock, above);
+      const int found = __builtin_popcount(mask & ~more);
+      if (found > num_ties) mask = more | lowest_bits(mask & ~more, static_cast<int>(num_ties));
+      num_ties -= std::min<int64_t>(found, num_ties);
+      bits[b] = mask;
+      V::template mask_store<Stream>(x + b * kBlock, y + b * kBlock, mask);
+    }
+    return b;
+  }
+
+  static void store_words(uint32_t* bits, const uint32_t (&words)[4]) {
+    const uint64_t pairs[2] = {words[0] | static_cast<uint64_t>(words[1]) << 32,
+                               words[2] | static_cast<uint64_t>(words[3]) << 32};
+    std::memcpy(bits, pairs, sizeof pairs);
   }
 
   static void emit_tail(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan, Key t,
-                        int64_t ties_to_take, typename V::Threshold threshold, bool open) {
+                        int64_t num_ties, typename V::Threshold threshold, bool open) {
     alignas(64) Raw last[kBlock], kept[kBlock];
     load_tail(x, plan, last);
     uint32_t mask = V::ge(last, threshold) & ((1u << plan.tail) - 1);
     if (open) {
       const uint32_t more = V::ge(last, V::threshold(t + 1)) & mask;
-      mask = more | lowest_bits(mask & ~more, static_cast<int>(ties_to_take));
+      mask = more | lowest_bits(mask & ~more, static_cast<int>(num_ties));
     }
     V::template mask_store<false>(last, kept, mask);
     bits[plan.num_blocks] = mask;
@@ -279,26 +371,32 @@ struct Row {
     return kept;
   }
 
-  static void prefetch_block(const Raw* p) {  // of the next row, while this one is written
-    for (size_t line = 0; line < kBlock * sizeof(Raw); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + line);
+  // The next row while this one leaves the caches, or the lines that are about to be written.
+  template <bool Stream>
+  static void prefetch(const Raw* x, const Raw* y, int64_t at, const Plan& plan) {
+    for (int i = 0; i < kBlock; i += 64 / sizeof(Raw)) {
+      if (Stream)
+        __builtin_prefetch(x + plan.hidden + at + i);
+      else
+        __builtin_prefetch(y + at + i + 1024 / sizeof(Raw), 1);
+    }
   }
 
   // Returns false, having written nothing, if the row needs the portable path.
   template <bool Stream>
   static bool run(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan, Raw* found) {
-    Key t0 = F::template min_key<Abs>();
-    if (plan.sample_pieces != 0) t0 = sample_threshold(x, plan);
+    Guess guess{F::template min_key<Abs>(), F::kNanKey};
+    if (plan.sample_pieces != 0) guess = sample_guess(x, plan);
     typename V::NanWatch watch;
-    int64_t num_found = collect(x, plan, t0, found, watch);
-    Bracket<Key> at{t0, num_found, F::kNanKey + 1, 0};
+    int64_t num_found = collect(x, plan, guess.collect, found, watch);
+    Bracket<Key> at{guess.collect, num_found, F::kNanKey + 1, 0};
     if (num_found < plan.k) {  // the sample misled: start from the whole row
-      at.high = t0, at.num_high = num_found;
+      at.high = guess.collect, at.num_high = num_found;
       at.low = F::template min_key<Abs>();
       num_found = at.num_low = collect(x, plan, at.low, found, watch);
     }
     if (watch.tripped()) return false;
-    narrow(found, at, plan.k, num_found);
+    narrow(found, at, plan.k, num_found, guess.probe);
     const bool take_all = at.num_low == plan.k;
     if (!V::kNanTies && !take_all && at.low == F::kNanKey) return false;
     emit<Stream>(x, y, bits, plan, at.low, plan.k - at.num_high, take_all);

@@ -214,19 +214,24 @@ struct Row {
   }
 
   // Shrink the bracket until the selection is known: num_low == k, or low is the k-th key.
-  static void narrow(const Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found, Key probe) {
+  static void narrow(Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found, Key probe) {
     if (at.num_low == k || at.gap() == 1) return;
-    const int64_t num_blocks = (num_found + kBlock - 1) / kBlock;
     Bracket<Key> line{};  // through the two latest counts
-    if (probe >= F::kNanKey) {
-      line = {at.low, at.num_low, V::max_key_hint(found, num_blocks), 1};
+    if (num_found > 4 * k + kBlock || probe >= F::kNanKey) {
+      // Ties at low are likely (after ReLU, all equal, quantised): look above it.
+      const int64_t num = count(found, blocks_of(num_found), at.low + 1);
+      if (num < k) at.high = at.low + 1, at.num_high = num;
+      if (at.gap() == 1) return;
+      if (num >= k && num < num_found / 2) {
+        num_found = compact(found, num_found, at.low + 1);
+        at.low = smallest_from(found, num_found, at.low + 1), at.num_low = num;
+      }
+      line = {at.low, at.num_low, V::max_key_hint(found, blocks_of(num_found)), 1};
       probe = on_line(line, static_cast<float>(k));
     }
-    // Many more than asked for: ties at low are likely (after ReLU, all equal, quantised).
-    if (num_found > 4 * k + kBlock) probe = at.low + 1;
-    for (int step = 0; at.num_low - at.num_high > kBlock; ++step) {
+    for (int step = 0; at.num_low != k && at.num_low - at.num_high > kBlock; ++step) {
       probe = std::min(std::max<Key>(probe, at.low + 1), at.high - 1);
-      const int64_t num = count(found, num_blocks, probe);
+      const int64_t num = count(found, blocks_of(num_found), probe);
       if (num >= k) {
         line = {at.low, at.num_low, probe, num};
         at.low = probe, at.num_low = num;
@@ -246,7 +251,19 @@ struct Row {
         probe = at.between(at.gap() / 2);
       }
     }
-    rank_window(found, num_blocks, at, k);
+    if (at.num_low != k) rank_window(found, blocks_of(num_found), at, k);
+  }
+
+  static int64_t blocks_of(int64_t num) { return (num + kBlock - 1) / kBlock; }
+
+  // Keep only what has key >= t, in place: a block's result never reaches past the block itself.
+  static int64_t compact(Raw* found, int64_t num_found, Key t) {
+    const auto threshold = V::threshold(t);
+    Raw* end = found;
+    for (int64_t b = 0; b < blocks_of(num_found); ++b)
+      end = V::compress(found + b * kBlock, V::ge(found + b * kBlock, threshold), end);
+    for (int i = 0; i < kBlock; ++i) end[i] = F::template padding<Abs>();
+    return end - found;
   }
 
   // The bracket holds at most one block: rank its members against each other.

@@ -30,6 +30,12 @@ struct Ops {
     return mask;
   }
 
+  static int count(const Raw* p, Threshold t) {
+    int num = 0;
+    for (int i = 0; i < kBlock; ++i) num += F::template key<Abs>(p[i]) >= t;
+    return num;
+  }
+
   static Raw* compress(const Raw* p, uint32_t mask, Raw* out) {
     for (int i = 0; i < kBlock; ++i) {
       *out = p[i];

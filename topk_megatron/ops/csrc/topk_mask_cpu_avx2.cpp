@@ -76,6 +76,8 @@ struct Ops<F, Abs, 4> {
     return mask;
   }
 
+  static int count(const Raw* p, const Threshold& t) { return __builtin_popcount(ge(p, t)); }
+
   static Raw* compress(const Raw* p, uint32_t mask, Raw* out) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t part = (mask >> (8 * i)) & 0xff;
@@ -181,6 +183,8 @@ struct Ops<F, Abs, 2> {
   static uint32_t ge(const Raw* p, const Threshold& t) {
     return inside_bits(outside(load(p), t), outside(load(p + 16), t));
   }
+
+  static int count(const Raw* p, const Threshold& t) { return __builtin_popcount(ge(p, t)); }
 
   static Raw* compress(const Raw* p, uint32_t mask, Raw* out) {
     for (int i = 0; i < 4; ++i) {

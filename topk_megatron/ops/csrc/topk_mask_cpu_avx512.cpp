@@ -50,6 +50,11 @@ struct Ops<F, Abs, 4> {
     return _mm512_kunpackw(compare(load(p + 16), t), compare(load(p), t));
   }
 
+  static int count(const Raw* p, Threshold t) {  // cheaper than joining the masks
+    return __builtin_popcount(_cvtmask16_u32(compare(load(p), t))) +
+           __builtin_popcount(_cvtmask16_u32(compare(load(p + 16), t)));
+  }
+
   static Raw* put(__m512 x, uint32_t mask, Raw* out) {
     _mm512_storeu_ps(out, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x));
     return out + __builtin_popcount(mask);
@@ -141,6 +146,8 @@ struct Ops<F, Abs, 2> {
   static uint32_t ge(const Raw* p, const Threshold& t) {
     return _cvtmask32_u32(compare(_mm512_loadu_si512(p), t));
   }
+
+  static int count(const Raw* p, const Threshold& t) { return __builtin_popcount(ge(p, t)); }
 
   static Raw* put(__m512i x, __mmask32 mask, Raw* out) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, x));

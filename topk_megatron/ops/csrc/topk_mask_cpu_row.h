@@ -18,6 +18,7 @@
 //     struct NanWatch;                               // sees collected blocks; tripped(): see below
 //     static Threshold threshold(Key t);             // min_key <= t <= kNanKey
 //     static uint32_t ge(const Raw* p, Threshold);   // bit i: key(p[i]) >= t, for 32 elements
+//     static int count(const Raw* p, Threshold);     // of bits set in ge
 //     static Raw* compress(const Raw* p, uint32_t mask, Raw* out);  // may write 32 past the result
 //     static Raw* collect(const Raw* p, Threshold, Raw* out, NanWatch&);  // ge + compress
 //     template <bool Stream> static uint32_t ge_store(const Raw* x, Raw* y, Threshold);
@@ -103,8 +104,7 @@ struct Row {
   static int64_t count(const Raw* p, int64_t num_blocks, Key t) {
     const auto threshold = V::threshold(t);
     int64_t total = 0;
-    for (int64_t b = 0; b < num_blocks; ++b)
-      total += __builtin_popcount(V::ge(p + b * kBlock, threshold));
+    for (int64_t b = 0; b < num_blocks; ++b) total += V::count(p + b * kBlock, threshold);
     return total;
   }
 
@@ -180,13 +180,18 @@ struct Row {
     }
   }
 
-  // Compress the row's elements with key >= t into `out`; returns how many.
+  // Compress the row's elements with key >= t into `out`; returns how many. Memory is idle until
+  // this row is written, so the next one is fetched meanwhile.
+  template <bool Stream>
   static int64_t collect(const Raw* x, const Plan& plan, Key t, Raw* out,
                          typename V::NanWatch& watch) {
     const auto threshold = V::threshold(t);
     Raw* end = out;
-    for (int64_t b = 0; b < plan.num_blocks; ++b)
-      end = V::collect(x + b * kBlock, threshold, end, watch);
+    for (int64_t b = 0; b < plan.num_blocks; ++b) {
+      const Raw* from = x + b * kBlock;
+      if (Stream) prefetch<0>(from + plan.hidden);
+      end = V::collect(from, threshold, end, watch);
+    }
     if (plan.tail != 0) {
       alignas(64) Raw last[kBlock];
       load_tail(x, plan, last);
@@ -316,7 +321,7 @@ struct Row {
       uint32_t words[4];
       for (int i = 0; i < 4; ++i) {
         const int64_t at = (b + i) * kBlock;
-        prefetch<Stream>(x, y, at, plan);
+        if (!Stream) prefetch<1>(y + at + 1024 / sizeof(Raw));
         words[i] = V::template ge_store<Stream>(x + at, y + at, threshold);
       }
       store_words(bits + b, words);
@@ -337,7 +342,7 @@ struct Row {
       int found = 0;
       for (int i = 0; i < 4; ++i) {
         const int64_t at = (b + i) * kBlock;
-        prefetch<Stream>(x, y, at, plan);
+        if (!Stream) prefetch<1>(y + at + 1024 / sizeof(Raw));
         words[i] = V::ge(x + at, threshold);
         found += __builtin_popcount(words[i] & ~V::ge(x + at, above));
       }
@@ -388,15 +393,9 @@ struct Row {
     return kept;
   }
 
-  // The next row while this one leaves the caches, or the lines that are about to be written.
-  template <bool Stream>
-  static void prefetch(const Raw* x, const Raw* y, int64_t at, const Plan& plan) {
-    for (int i = 0; i < kBlock; i += 64 / sizeof(Raw)) {
-      if (Stream)
-        __builtin_prefetch(x + plan.hidden + at + i);
-      else
-        __builtin_prefetch(y + at + i + 1024 / sizeof(Raw), 1);
-    }
+  template <int Write>
+  static void prefetch(const Raw* block) {
+    for (int i = 0; i < kBlock; i += 64 / sizeof(Raw)) __builtin_prefetch(block + i, Write);
   }
 
   // Returns false, having written nothing, if the row needs the portable path.
@@ -405,12 +404,12 @@ struct Row {
     Guess guess{F::template min_key<Abs>(), F::kNanKey};
     if (plan.sample_pieces != 0) guess = sample_guess(x, plan);
     typename V::NanWatch watch;
-    int64_t num_found = collect(x, plan, guess.collect, found, watch);
+    int64_t num_found = collect<Stream>(x, plan, guess.collect, found, watch);
     Bracket<Key> at{guess.collect, num_found, F::kNanKey + 1, 0};
     if (num_found < plan.k) {  // the sample misled: start from the whole row
       at.high = guess.collect, at.num_high = num_found;
       at.low = F::template min_key<Abs>();
-      num_found = at.num_low = collect(x, plan, at.low, found, watch);
+      num_found = at.num_low = collect<false>(x, plan, at.low, found, watch);
     }
     if (watch.tripped()) return false;
     narrow(found, at, plan.k, num_found, guess.probe);

@@ -117,7 +117,9 @@ class BuildKernels(build_ext):
                 self.build_library(name, library)
             except (KernelBuildError, ImportError) as problem:
                 if switch(name) == "force":
-                    raise SystemExit(f"TOPK_MEGATRON_BUILD_{name.upper()}=force: {problem}") from None
+                    raise SystemExit(
+                        f"TOPK_MEGATRON_BUILD_{name.upper()}=force: {problem}"
+                    ) from None
                 error.write_text(f"{problem}\n")
                 print(f"warning: no {name} kernel, the reference will be used: {problem}")
 

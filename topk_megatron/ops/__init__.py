@@ -1,6 +1,5 @@
-"""The operator: top-k plus mask over the last dimension. Imports torch and nothing of the project."""
+"""The operator: top-k plus mask over the last dimension. Imports nothing of the project."""
 
-from topk_megatron.ops import library as _library  # defines the ops that topk_mask calls
 from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.extension import TopKFallbackWarning
 from topk_megatron.ops.topk_mask import (

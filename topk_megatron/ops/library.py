@@ -7,6 +7,11 @@ prefers only where no kernel is: a missing extension needs no branch anywhere el
     topk_mask(x, k, mode) -> (y, bits)        1 <= k <= H
     topk_mask_backward(dy, bits) -> dx        dy on S, +0 elsewhere
     bits_to_indices(bits, H, k) -> indices    ascending, k a row
+    gather_row(x, indices) -> values          values[.., j] = x[.., indices[.., j]]
+    scatter_row(values, indices, H) -> x      the inverse, +0 elsewhere
+
+The last two are torch's gather and scatter on the integers behind the floats: on the floats
+themselves torch rewrites the payload of a signalling NaN, and then a packed row is not the row.
 """
 
 from typing import Any
@@ -30,6 +35,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("topk_mask(Tensor x, int k, str mode) -> (Tensor, Tensor)")
 _library.define("topk_mask_backward(Tensor dy, Tensor bits) -> Tensor")
 _library.define("bits_to_indices(Tensor bits, int hidden_size, int k) -> Tensor")
+_library.define("gather_row(Tensor x, Tensor indices) -> Tensor")
+_library.define("scatter_row(Tensor values, Tensor indices, int hidden_size) -> Tensor")
 
 
 # ---- the reference, wherever no kernel is registered -------------------------------------------
@@ -46,6 +53,22 @@ def _topk_mask_backward_fallback(dy: Tensor, bits: Tensor) -> Tensor:
     return torch.where(unpack_bits(bits, dy.shape[-1]), dy, zero).contiguous()
 
 
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _gather_row(x: Tensor, indices: Tensor) -> Tensor:
+    raw = x.contiguous().view(_INTEGERS[x.element_size()])
+    return raw.gather(-1, indices.long()).view(x.dtype)
+
+
+def _scatter_row(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
+    raw = values.contiguous().view(_INTEGERS[values.element_size()])
+    dense = raw.new_zeros((*values.shape[:-1], hidden_size))
+    return dense.scatter_(-1, indices.long(), raw).view(values.dtype)
+
+
+_library.impl("gather_row", _gather_row, "CompositeExplicitAutograd")
+_library.impl("scatter_row", _scatter_row, "CompositeExplicitAutograd")
 _library.impl("topk_mask", _topk_mask_fallback, "CompositeExplicitAutograd")
 _library.impl("topk_mask_backward", _topk_mask_backward_fallback, "CompositeExplicitAutograd")
 _library.impl("bits_to_indices", bits_to_indices_reference, "CompositeExplicitAutograd")
@@ -68,6 +91,16 @@ def _topk_mask_backward_fake(dy: Tensor, bits: Tensor) -> Tensor:
 @torch.library.register_fake(f"{NAMESPACE}::bits_to_indices")
 def _bits_to_indices_fake(bits: Tensor, hidden_size: int, k: int) -> Tensor:
     return bits.new_empty((*bits.shape[:-1], k), dtype=index_dtype(hidden_size))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_row")
+def _gather_row_fake(x: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(indices.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scatter_row")
+def _scatter_row_fake(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
+    return values.new_empty((*values.shape[:-1], hidden_size))
 
 
 # ---- gradients: dy on S, and of that again dy on S -----------------------------------------------
@@ -101,6 +134,29 @@ torch.library.register_autograd(
 )
 
 
+def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.hidden_size = inputs[0].shape[-1]
+
+
+def _gather_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.topk_megatron.scatter_row(dvalues, indices, ctx.hidden_size), None
+
+
+def _scatter_backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.topk_megatron.gather_row(dx, indices), None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::gather_row", _gather_backward, setup_context=_save_indices
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::scatter_row", _scatter_backward, setup_context=_save_indices
+)
+
+
 # ---- vmap: refused, because the op already takes any number of leading dimensions ----------------
 
 
@@ -111,5 +167,7 @@ def _refuse_vmap(*_: Any) -> Any:
     )
 
 
-for _name in ("topk_mask", "topk_mask_backward", "bits_to_indices"):
+for _name in ("topk_mask", "topk_mask_backward", "bits_to_indices", "gather_row", "scatter_row"):
     torch.library.register_vmap(f"{NAMESPACE}::{_name}", _refuse_vmap)
+
+OPS = torch.ops.topk_megatron  # what callers import, so that the definitions above are there

@@ -34,7 +34,7 @@ def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
 
     Returns:
         y: [..., H], x where selected (bitwise) and +0 elsewhere.
-        bits: int32 [..., ceil(H / 32)]; bit j of word w is set when coordinate 32 w + j is selected.
+        bits: int32 [..., ceil(H / 32)]; bit j of word w: coordinate 32 w + j is selected.
     """
     key = x.abs() if mode == "abs" else x
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from topk_megatron.ops.errors import TopKArgumentError
+from topk_megatron.ops.library import OPS
 from topk_megatron.ops.reference import num_words
 
 MODES = ("value", "abs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HIDDEN_SIZE = 1 << 20
 
-_topk_mask_op = torch.ops.topk_megatron.topk_mask.default
-_bits_to_indices_op = torch.ops.topk_megatron.bits_to_indices.default
+_topk_mask_op = OPS.topk_mask.default
+_gather_row_op = OPS.gather_row.default
+_scatter_row_op = OPS.scatter_row.default
+_bits_to_indices_op = OPS.bits_to_indices.default
 
 
 def topk_mask_with_bits(x: Tensor, k: int, *, mode: str = "value") -> tuple[Tensor, Tensor]:
@@ -72,9 +75,10 @@ def pack_sparse(y: Tensor, bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
             f"pack_sparse needs y of shape [..., H] and 1 <= k <= H, got k = {k} and y of shape"
             f" {tuple(y.shape)}"
         )
+    _check_dtype("y", y)
     _check_bits(y, bits)
     indices = _bits_to_indices_op(bits, y.shape[-1], k)
-    return y.gather(-1, indices.long()), indices
+    return _gather_row_op(y, indices), indices
 
 
 def unpack_sparse(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
@@ -83,21 +87,26 @@ def unpack_sparse(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
     Coordinates that no index names are +0. The gradient of values is dy at the indices.
 
     Raises:
-        TopKArgumentError: values and indices of different shapes or devices, floating indices.
+        TopKArgumentError: values and indices of different shapes or devices, indices
+            that are not integers, or a hidden_size below k.
     """
     if values.shape != indices.shape or values.dim() == 0:
         raise TopKArgumentError(
             "unpack_sparse needs values and indices of the same shape [..., k], got"
             f" {tuple(values.shape)} and {tuple(indices.shape)}"
         )
+    _check_dtype("values", values)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TopKArgumentError(f"indices must be an integer tensor, got {indices.dtype}")
     if values.device != indices.device:
         raise TopKArgumentError(
             f"values and indices must be on one device, got {values.device} and {indices.device}"
         )
-    dense = values.new_zeros((*values.shape[:-1], hidden_size))
-    return dense.scatter(-1, indices.long(), values)
+    if hidden_size < values.shape[-1]:
+        raise TopKArgumentError(
+            f"hidden_size must be at least k = {values.shape[-1]}, got {hidden_size}"
+        )
+    return _scatter_row_op(values, indices, hidden_size)
 
 
 def _check_bits(y: Tensor, bits: Tensor) -> None:
@@ -114,12 +123,16 @@ def _check_bits(y: Tensor, bits: Tensor) -> None:
         )
 
 
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TopKArgumentError(f"{name} must be one of {allowed}, got {x.dtype}; convert it first")
+
+
 def _check_arguments(x: Tensor, k: int, mode: str) -> None:
     if mode not in MODES:
         raise TopKArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if x.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TopKArgumentError(f"x must be one of {names}, got {x.dtype}; convert it first")
+    _check_dtype("x", x)
     if x.dim() == 0:
         raise TopKArgumentError("x must have at least one dimension [..., H], got a scalar")
     if k < 1:

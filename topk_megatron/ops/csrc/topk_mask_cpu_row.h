@@ -228,22 +228,29 @@ struct Row {
       if (num < k) at.high = at.low + 1, at.num_high = num;
       if (at.gap() == 1) return;
       if (num >= k && num < num_found / 2) {
-        num_found = compact(found, num_found, at.low + 1);
+        num_found = compact(found, num_found, at.low + 1, F::kNanKey + 1);
         at.low = smallest_from(found, num_found, at.low + 1), at.num_low = num;
       }
       line = {at.low, at.num_low, V::max_key_hint(found, blocks_of(num_found)), 1};
       probe = on_line(line, static_cast<float>(k));
     }
-    for (int step = 0; at.num_low != k && at.num_low - at.num_high > kBlock; ++step) {
+    int64_t num_gone = 0;  // coordinates above the bracket that are no longer in the buffer
+    for (int step = 0; at.num_low != k; ++step) {
+      const int64_t window = at.num_low - at.num_high;
+      if (window <= kBlock || (window <= 4 * kBlock && num_found > 4 * kBlock)) {
+        num_found = compact(found, num_found, at.low, at.high);
+        num_gone = at.num_high;
+      }
+      if (window <= kBlock) return rank_window(found, at, k);
       probe = std::min(std::max<Key>(probe, at.low + 1), at.high - 1);
-      const int64_t num = count(found, blocks_of(num_found), probe);
+      const int64_t num = num_gone + count(found, blocks_of(num_found), probe);
       if (num >= k) {
         line = {at.low, at.num_low, probe, num};
         at.low = probe, at.num_low = num;
       } else {
         at.high = probe, at.num_high = num;
       }
-      if (at.num_low == k || at.gap() == 1) return;
+      if (at.gap() == 1) return;
       // Aim past k, so that the next probe is likely to close the bracket from the other side.
       const float goal = static_cast<float>(k - (num - k) / 4 + (num >= k ? -2 : 2));
       if (step < 6) {
@@ -256,38 +263,33 @@ struct Row {
         probe = at.between(at.gap() / 2);
       }
     }
-    if (at.num_low != k) rank_window(found, blocks_of(num_found), at, k);
   }
 
   static int64_t blocks_of(int64_t num) { return (num + kBlock - 1) / kBlock; }
 
-  // Keep only what has key >= t, in place: a block's result never reaches past the block itself.
-  static int64_t compact(Raw* found, int64_t num_found, Key t) {
-    const auto threshold = V::threshold(t);
+  // Keep only low <= key < high, in place: a block's result never reaches past the block itself.
+  static int64_t compact(Raw* found, int64_t num_found, Key low, Key high) {
+    const auto from = V::threshold(low);
     Raw* end = found;
-    for (int64_t b = 0; b < blocks_of(num_found); ++b)
-      end = V::compress(found + b * kBlock, V::ge(found + b * kBlock, threshold), end);
+    if (high > F::kNanKey) {
+      for (int64_t b = 0; b < blocks_of(num_found); ++b)
+        end = V::compress(found + b * kBlock, V::ge(found + b * kBlock, from), end);
+    } else {
+      const auto until = V::threshold(high);
+      for (int64_t b = 0; b < blocks_of(num_found); ++b) {
+        const Raw* block = found + b * kBlock;
+        end = V::compress(block, V::ge(block, from) & ~V::ge(block, until), end);
+      }
+    }
+    end = std::min(end, found + num_found);  // padding has the smallest key, which may be `low`
     for (int i = 0; i < kBlock; ++i) end[i] = F::template padding<Abs>();
     return end - found;
   }
 
-  // The bracket holds at most one block: rank its members against each other.
-  static void rank_window(const Raw* found, int64_t num_blocks, Bracket<Key>& at, int64_t k) {
+  // The bracket's members, at most one block of them, are all of `found`: rank them.
+  static void rank_window(const Raw* window, Bracket<Key>& at, int64_t k) {
     using Lane = typename F::Lane;
-    alignas(64) Raw window[3 * kBlock];
-    Raw* end = window;
-    const auto low = V::threshold(at.low);
     const int num = static_cast<int>(at.num_low - at.num_high);
-    if (at.high > F::kNanKey) {
-      for (int64_t b = 0; b < num_blocks; ++b)
-        end = V::compress(found + b * kBlock, V::ge(found + b * kBlock, low), end);
-    } else {
-      const auto high = V::threshold(at.high);
-      for (int64_t b = 0; b < num_blocks; ++b) {
-        const Raw* from = found + b * kBlock;
-        end = V::compress(from, V::ge(from, low) & ~V::ge(from, high), end);
-      }
-    }
     alignas(64) Lane keys[kBlock], num_above[kBlock] = {};
     for (int i = 0; i < kBlock; ++i)
       keys[i] = i < num ? static_cast<Lane>(F::template key<Abs>(window[i]))

@@ -963,13 +963,15 @@ TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_
 // ---- Kernels ---------------------------------------------------------------------------------------
 // C names, so that profilers and the PTX tests can tell them apart.
 
-// X(name, dtype, abs, slots in registers or 0, one warp a row, most threads, least blocks a processor)
+// X(name, dtype, abs, slots in registers or 0, one warp a row, most threads, blocks a processor has
+// room for at least). The last one is the register budget: without it ptxas saves registers by
+// spilling a few words.
 #define TOPK_VARIANTS(X, dtype_name, dtype, mode_name, abs)                  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp2, dtype, abs, 2, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_block8, dtype, abs, 8, false, 512) \
-  X(topk_mask_##dtype_name##_##mode_name##_stream, dtype, abs, 0, false, 1024)
+  X(topk_mask_##dtype_name##_##mode_name##_warp2, dtype, abs, 2, true, 128, 8)  \
+  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128, 6)  \
+  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128, 4)  \
+  X(topk_mask_##dtype_name##_##mode_name##_block8, dtype, abs, 8, false, 512, 1) \
+  X(topk_mask_##dtype_name##_##mode_name##_stream, dtype, abs, 0, false, 1024, 1)
 
 // In the order of ((dtype * 2) + mode) * kNumVariants + variant.
 #define TOPK_FORWARD_KERNELS(X)                    \
@@ -980,8 +982,8 @@ TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_
   TOPK_VARIANTS(X, float16, 2, value, false)       \
   TOPK_VARIANTS(X, float16, 2, abs, true)
 
-#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads)                           \
-  extern "C" __global__ void __launch_bounds__(threads)                                          \
+#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads, blocks)                           \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                          \
       name(const void* __restrict__ x, void* __restrict__ y, uint32_t* __restrict__ bits,        \
            int64_t rows, int hidden, int k) {                                                    \
     forward<Format<dtype, abs>, held, one_warp>(x, y, bits, rows, hidden, k);                    \

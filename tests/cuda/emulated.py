@@ -12,7 +12,8 @@ from torch import Tensor
 from topk_megatron.ops.reference import WORD_BITS
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "topk_megatron" / "ops" / "csrc"
+# The mutant study points this to its own copy.
+CSRC = Path(os.environ.get("TOPK_CSRC", HERE.parents[1] / "topk_megatron" / "ops" / "csrc"))
 LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE_CODES = {"value": 0, "abs": 1}

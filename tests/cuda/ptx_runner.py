@@ -86,9 +86,11 @@ def _outcome(index: int, case: Forward | Backward, folder: Path, line: str) -> O
     data = np.fromfile(folder / f"{index}.out", dtype=np.uint8)
     split = tensor.numel() * tensor.element_size()
     out_RH = torch.from_numpy(data[:split].copy()).view(tensor.dtype).reshape(tensor.shape)
-    words = -(-tensor.shape[1] // WORD_BITS)
-    bits = torch.from_numpy(data[split:].copy()).view(torch.int32).reshape(-1, words)
-    return Outcome(out_RH, bits if forward else None, Counters(**json.loads(line)))
+    bits = None
+    if forward:
+        words = -(-tensor.shape[1] // WORD_BITS)
+        bits = torch.from_numpy(data[split:].copy()).view(torch.int32).reshape(-1, words)
+    return Outcome(out_RH, bits, Counters(**json.loads(line)))
 
 
 def run_cases(

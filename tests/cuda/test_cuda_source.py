@@ -149,7 +149,7 @@ def test_any_row_equals_the_reference(
 def test_no_access_leaves_its_buffer_and_nothing_is_undefined(tmp_path: Path) -> None:
     if find_compiler() is None:
         pytest.skip("no C++ compiler (g++, c++, clang++ or $CXX): the CUDA source is not executed")
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = build(
         tmp_path / "check_bounds", flags=flags, source=HERE / "emulation" / "check_bounds.cpp"
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 from topk_megatron.ops.reference import WORD_BITS
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "topk_megatron" / "ops" / "csrc"
+# The mutant study points this to its own copy.
+CSRC = Path(os.environ.get("TOPK_CSRC", HERE.parents[1] / "topk_megatron" / "ops" / "csrc"))
+LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE_CODES = {"value": 0, "abs": 1}
 VARIANTS = ("warp2", "warp4", "warp8", "block8", "stream")
@@ -26,18 +28,21 @@ def find_compiler() -> str | None:
 
 
 def build(
-    output: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = (), shared: bool = True
+    output: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = (), source: Path = LIBRARY_SOURCE
 ) -> Path:
-    """Compile the emulated kernels to `output`; raises with the compiler's words if it fails."""
+    """Compile the emulated kernels to `output`, a library or, from another source, a program.
+
+    Raises:
+        FileNotFoundError: there is no C++ compiler.
+        RuntimeError: it failed; the message has its words.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found; install g++ or set CXX")
-    kind = ("-shared", "-fPIC") if shared else ()
-    emulation = HERE / "emulation"
-    source = emulation / "topk_mask_emulated.cpp"
+    kind = ("-shared", "-fPIC") if source == LIBRARY_SOURCE else ()
     # fmt: off
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags,
-               *kind, f"-I{emulation}", f"-I{csrc}", str(source), "-o", str(output)]
+               *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
     # fmt: on
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

@@ -79,13 +79,42 @@ TOPK_INLINE void count_if_at_most(uint32_t& count, uint32_t value, uint32_t boun
 #endif
 }
 
-TOPK_INLINE void set_bit_if_above(uint32_t& bits, uint32_t bit, uint32_t container, uint32_t bound) {
+TOPK_INLINE void lower_to_if_at_least(uint32_t& smallest, uint32_t container, uint32_t bound) {
 #if defined(__CUDA_ARCH__)
-  asm("{.reg .pred p; setp.gt.u32 p, %1, %2; @p or.b32 %0, %0, %3;}"
-      : "+r"(bits)
-      : "r"(container), "r"(bound), "r"(bit));
+  asm("{.reg .pred p; setp.ge.u32 p, %1, %2; @p min.u32 %0, %0, %1;}"
+      : "+r"(smallest)
+      : "r"(container), "r"(bound));
 #else
+  if (container >= bound && container < smallest) smallest = container;
+#endif
+}
+
+// bits |= bit and kept = raw where container > bound, else kept = 0.
+TOPK_INLINE void keep_if_above(uint32_t& bits, uint32_t bit, uint32_t& kept, uint32_t raw,
+                               uint32_t container, uint32_t bound) {
+#if defined(__CUDA_ARCH__)
+  asm("{.reg .pred p; setp.gt.u32 p, %2, %3; @p or.b32 %0, %0, %4; selp.b32 %1, %5, 0, p;}"
+      : "+r"(bits), "=r"(kept)
+      : "r"(container), "r"(bound), "r"(bit), "r"(raw));
+#else
+  kept = container > bound ? raw : 0;
   if (container > bound) bits |= bit;
+#endif
+}
+
+// Any bitwise function of three words, by its truth table: kA, kB, kC are those of the operands.
+constexpr int kA = 0xf0, kB = 0xcc, kC = 0xaa;
+template <int kTable>
+TOPK_INLINE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "r"(b), "r"(c), "n"(kTable & 0xff));
+  return out;
+#else
+  uint32_t out = 0;
+  for (int row = 0; row < 8; ++row)
+    if (kTable >> row & 1) out |= (row & 4 ? a : ~a) & (row & 2 ? b : ~b) & (row & 1 ? c : ~c);
+  return out;
 #endif
 }
 
@@ -110,9 +139,22 @@ class Column {
 #endif
   }
 
-  // Counts like append_if_above, but keeps only the first `capacity` entries.
-  TOPK_INLINE void append_if_above_bounded(uint32_t container, uint32_t bound, uint32_t capacity) {
-    if (container <= bound) return;
+  TOPK_INLINE void append_if_within(uint32_t container, uint32_t first, uint32_t span) {
+#if defined(__CUDA_ARCH__)
+    asm volatile(
+        "{.reg .pred p; setp.le.u32 p, %2, %3; @p st.shared.u32 [%0], %1; @p add.u32 %0, %0, 128;}"
+        : "+r"(cursor_)
+        : "r"(container), "r"(container - first), "r"(span)
+        : "memory");
+#else
+    if (container - first <= span) first_[kLanes * size_++] = container;
+#endif
+  }
+
+  // Counts like append_if_within, but keeps only the first `capacity` entries.
+  TOPK_INLINE void append_if_room(uint32_t container, uint32_t first, uint32_t span,
+                                  uint32_t capacity) {
+    if (container - first > span) return;
     if (size() < capacity) first_[kLanes * size()] = container;
     cursor_ += 4 * kLanes;
     ++size_;
@@ -146,6 +188,7 @@ struct Format {
   static constexpr int kElements = kWide ? 4 : 8;      // of a slot
   static constexpr int kShift = kWide ? 0 : 16;        // from key to container
   static constexpr uint32_t kBelow = kWide ? 0 : 0xffffu;  // bits of a container under its key
+  static constexpr uint32_t kTops = 0x80008000u;           // of the two halves of a word
   static constexpr uint32_t kSign = kWide ? 0x80000000u : 0x8000u;
   static constexpr uint32_t kInfinity = kWide ? 0x7f800000u : kDtype == 1 ? 0x7f80u : 0x7c00u;
   static constexpr uint32_t kRotation = kAbs ? 0 : kSign - 1 - kInfinity;  // of -inf, unrotated
@@ -161,13 +204,12 @@ struct Format {
     if (kAbs) return word & (kWide ? 0x7fffffffu : 0x7fff7fffu);
     if (kWide) {
       const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
-      return (word ^ (negative | kSign)) - kRotation;
+      return logic3<kA ^ (kB | kC)>(word, negative, kSign) - kRotation;
     }
     // Both halves at once. A top bit lent to each half keeps its borrow from the other one.
-    constexpr uint32_t kTops = 0x80008000u;
     const uint32_t negative = spread_signs(word, 0x3311u);
-    const uint32_t lent = ((word ^ negative) | kTops) - kRotation * 0x10001u;
-    return lent ^ (word & kTops);
+    const uint32_t lent = logic3<(kA ^ kB) | kC>(word, negative, kTops) - kRotation * 0x10001u;
+    return logic3<kA ^ (kB & kC)>(lent, word, kTops);
   }
 
   TOPK_INLINE static uint32_t key_of(uint32_t container) { return container >> kShift; }
@@ -229,6 +271,14 @@ TOPK_INLINE uint32_t inclusive_scan(uint32_t value, int lane) {
   return value;
 }
 
+// Selected: containers above `last`, and of those in [first, last] the lowest `ties` by index.
+struct Threshold {
+  uint32_t first, last, ties;
+};
+
+// Words of a row in shared memory: sizes of its two lists, and the threshold.
+enum Scalar { kFirstList, kSecondList, kThreshold };
+
 // The warps of one row and what they share. Every method is called by all of them together.
 template <bool kOneWarp>
 class Team {
@@ -259,7 +309,28 @@ class Team {
     return __reduce_add_sync(kFullWarp, lane < warp ? value : 0);
   }
 
-  TOPK_INLINE uint32_t& scalar(int i) const { return control_[i]; }
+  TOPK_INLINE uint32_t& scalar(Scalar i) const { return control_[i]; }
+
+  // Sets the list sizes to zero; seen by all after the next barrier.
+  TOPK_INLINE void clear_scalars() const {
+    if (!kOneWarp && warp == 0 && lane == 0) control_[kFirstList] = control_[kSecondList] = 0;
+  }
+
+  // What the first warp finds, given to all.
+  template <class Find>
+  TOPK_INLINE Threshold by_first_warp(Find find) const {
+    if (kOneWarp) return find();
+    if (warp == 0) {
+      const Threshold found = find();
+      if (lane == 0) {
+        control_[kThreshold] = found.first;
+        control_[kThreshold + 1] = found.last;
+        control_[kThreshold + 2] = found.ties;
+      }
+    }
+    sync();
+    return {control_[kThreshold], control_[kThreshold + 1], control_[kThreshold + 2]};
+  }
 
   const int warps, warp, lane;
 
@@ -278,20 +349,181 @@ class Team {
   int turn_ = 0;
 };
 
-enum Scalar { kListSize, kOverflows, kFirst, kLast, kTies };  // Team::scalar
+// ---- The row as a warp sees it -------------------------------------------------------------------
+
+struct Row {
+  const uint8_t* x;
+  uint8_t* y;
+  uint8_t* bits;
+  uint32_t hidden;
+  bool aligned;  // rows start on 16 bytes
+};
+
+// Elements of a slot one by one, for rows that do not start on 16 bytes or end within a slot.
+template <class Fmt>
+TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
+#pragma unroll
+  for (int i = 0; i < Fmt::kElements; ++i) {
+    if (static_cast<uint32_t>(i) >= count) continue;
+    if (Fmt::kWide) {
+      raw[i % 4] = reinterpret_cast<const uint32_t*>(slot)[i];
+    } else {
+      const uint32_t element = reinterpret_cast<const uint16_t*>(slot)[i];
+      const int shift = i % 2 * 16;
+      raw[i / 2] = (raw[i / 2] & ~(0xffffu << shift)) | element << shift;
+    }
+  }
+}
+
+template <class Fmt>
+TOPK_INLINE void store_elements(uint8_t* slot, uint32_t count, const uint32_t (&kept)[4]) {
+#pragma unroll
+  for (int i = 0; i < Fmt::kElements; ++i) {
+    if (static_cast<uint32_t>(i) >= count) continue;
+    if (Fmt::kWide) {
+      reinterpret_cast<uint32_t*>(slot)[i] = kept[i % 4];
+    } else {
+      reinterpret_cast<uint16_t*>(slot)[i] = static_cast<uint16_t>(kept[i / 2] >> (i % 2 * 16));
+    }
+  }
+}
+
+TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
+  const uint4 vector = *reinterpret_cast<const uint4*>(slot);
+  raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
+}
+
+// The chunks of one warp. kHeld > 0: at most that many, in registers. kHeld == 0: any number, read
+// again by every pass over them (from L2, after the first one).
+template <class Fmt, int kHeld>
+class WarpChunks {
+ public:
+  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
+  static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
+  static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
+
+  TOPK_INLINE WarpChunks(const Row& row, int warps, int warp, int lane) : row_(row), lane_(lane) {
+    const uint32_t slots = (row.hidden + Fmt::kElements - 1) / Fmt::kElements;
+    const uint32_t chunks = (slots + kLanes - 1) / kLanes;
+    count_ = (chunks + warps - 1) / warps;
+    const uint32_t first = warp * count_, first_slot = first * kLanes + lane;
+    limit_ = limit(slots, first * kLanes, count_ * kLanes) - lane;
+    row_.x += first_slot * static_cast<size_t>(kSlotBytes);
+    row_.y += first_slot * static_cast<size_t>(kSlotBytes);
+    row_.hidden -= first_slot * Fmt::kElements;  // may wrap; then the limit is not positive
+    // Nibbles of two chunks make 32 bytes: even lanes write those of the first one.
+    const int byte = Fmt::kWide ? lane / 2 + lane % 2 * 16 : lane;
+    row_.bits += first * kBitsBytes + byte;
+    const uint32_t bits_bytes = (row.hidden + 31) / 32 * 4;
+    bits_limit_ = limit(bits_bytes, first * kBitsBytes, count_ * kBitsBytes) - byte;
+    load_held();
+  }
+
+  // Whether chunk v is this warp's; one that is not holds pads.
+  TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
+
+  // f(chunk, chunk modulo kUnroll as a constant, raw words and key words of this lane's slot)
+  template <class F>
+  TOPK_INLINE void for_each(F f) const {
+    if (kHeld > 0) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) f(v, v, raw_[v], keys_[v]);
+    } else {
+      for (uint32_t v = 0; v < count_; v += kUnroll) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          uint32_t raw[4], keys[4];
+          load(v + u, raw);
+          to_keys<Fmt>(raw, keys);
+          f(v + u, u, raw, keys);
+        }
+      }
+    }
+  }
+
+  // f(container) for all elements, pads included
+  template <class F>
+  TOPK_INLINE void for_each_container(F f) const {
+    for_each([&](uint32_t, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
+      topk_mask::for_each_container<Fmt>(keys, [&](int, uint32_t container) { f(container); });
+    });
+  }
+
+  TOPK_INLINE uint32_t count_at_least(uint32_t bound) const {
+    uint32_t count = 0;
+    for_each_container([&](uint32_t container) { count_if_at_least(count, container, bound); });
+    return __reduce_add_sync(kFullWarp, count);
+  }
+
+  TOPK_INLINE void store(uint32_t v, const uint32_t (&kept)[4]) const {
+    if (static_cast<int>(v * kLanes) >= limit_) return;
+    uint8_t* slot = row_.y + v * kChunkBytes;
+    if (kHeld > 0 || row_.aligned) {
+      *reinterpret_cast<uint4*>(slot) = make_uint4(kept[0], kept[1], kept[2], kept[3]);
+    } else {
+      store_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, kept);
+    }
+  }
+
+  // One byte a lane: the bits of chunk v or, of four elements a slot, of chunks v and v + 1.
+  TOPK_INLINE void store_bits(uint32_t v, uint32_t byte) const {
+    if (static_cast<int>(v * kBitsBytes) < bits_limit_)
+      row_.bits[v * kBitsBytes] = static_cast<uint8_t>(byte);
+  }
+
+ private:
+  // How many of `own` items from `first` on lie before `end`.
+  TOPK_INLINE static int limit(uint32_t end, uint32_t first, uint32_t own) {
+    const int left = static_cast<int>(end) - static_cast<int>(first);
+    return left < static_cast<int>(own) ? left : static_cast<int>(own);
+  }
+
+  TOPK_INLINE void load_held() {
+    if (kHeld == 0) return;
+    if (limit_ > (kHeld - 1) * kLanes) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load_vector(row_.x + v * kChunkBytes, raw_[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) to_keys<Fmt>(raw_[v], keys_[v]);
+  }
+
+  TOPK_INLINE void load(uint32_t v, uint32_t (&raw)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw[i] = Fmt::kPad;
+    if (static_cast<int>(v * kLanes) >= limit_) return;
+    const uint8_t* slot = row_.x + v * kChunkBytes;
+    if (kHeld > 0 || row_.aligned) {
+      load_vector(slot, raw);
+    } else {
+      load_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, raw);
+    }
+  }
+
+  Row row_;  // its pointers moved to this lane's first slot, hidden counts from there
+  int lane_, limit_, bits_limit_;
+  uint32_t count_;
+  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kHeld > 0 ? kHeld : 1][4];
+};
 
 // ---- Threshold -------------------------------------------------------------------------------------
 
-// Selected: containers above `last`, and of those in [first, last] the lowest `ties` by index.
-struct Threshold {
-  uint32_t first, last, ties;
-};
-
 // The k-th largest key by bisection, from a count of elements at or above a container.
-// Needs: at least k elements have keys >= low, none has a key above high.
-template <class Fmt, class Count>
-TOPK_INLINE Threshold bisect(uint32_t low, uint32_t high, uint32_t k, Count count_at_least) {
-  while (low < high) {
+// Needs: at least k elements have keys >= low, none has a key above high. tighten(low, high) may
+// move both to keys that occur: few distinct values would else cost a step for every bit of a key.
+constexpr int kStepsToTighten = 12;
+
+template <class Fmt, class Count, class Tighten>
+TOPK_INLINE Threshold bisect(uint32_t low, uint32_t high, uint32_t k, Count count_at_least,
+                             Tighten tighten) {
+  for (int step = 1; low < high; ++step) {
+    if (step % kStepsToTighten == 0) {
+      tighten(low, high);
+      if (low >= high) break;
+    }
     const uint32_t middle = high - (high - low) / 2;
     const uint32_t bound = Fmt::container_of(middle);
     const uint32_t count = count_at_least(bound);
@@ -320,7 +552,7 @@ TOPK_INLINE uint32_t warp_floor(const uint32_t (&maxima)[kGroups], uint32_t quot
   }
   uint32_t low = Fmt::key_of(__reduce_min_sync(kFullWarp, smallest));
   uint32_t high = Fmt::key_of(__reduce_max_sync(kFullWarp, largest));
-  while (low < high) {
+  for (int step = 0; low < high && step < kStepsToTighten; ++step) {
     const uint32_t middle = high - (high - low) / 2;
     uint32_t count = 0;
 #pragma unroll
@@ -329,15 +561,19 @@ TOPK_INLINE uint32_t warp_floor(const uint32_t (&maxima)[kGroups], uint32_t quot
     count = __reduce_add_sync(kFullWarp, count);
     if (count >= quota) {
       low = middle;
-      if (count <= quota + quota / 8) break;
+      if (count <= quota + quota / 4) break;
     } else {
       high = middle - 1;
     }
   }
-  return low;
+  // Up to a key that occurs, so that of few distinct values the floor is the quota-th itself.
+  uint32_t next = 0xffffffffu;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) lower_to_if_at_least(next, maxima[g], Fmt::container_of(low));
+  return Fmt::key_of(__reduce_min_sync(kFullWarp, next));
 }
 
-// The threshold among `size` listed containers, all greater than the floor's class; one warp.
+// The threshold among `size` listed containers with keys >= low; one warp.
 template <class Fmt>
 TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32_t low, uint32_t k,
                                      int lane) {
@@ -349,145 +585,170 @@ TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32
     held[i] = at < size ? list[at] : 0;
     largest = held[i] > largest ? held[i] : largest;
   }
+  const auto for_each = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) f(held[i]);
+    for (uint32_t at = kHeld * kLanes + lane; at < size; at += kLanes) f(list[at]);
+  };
   for (uint32_t at = kHeld * kLanes + lane; at < size; at += kLanes)
     largest = list[at] > largest ? list[at] : largest;
   const uint32_t high = Fmt::key_of(__reduce_max_sync(kFullWarp, largest));
-  return bisect<Fmt>(low, high, k, [&](uint32_t bound) {
-    uint32_t count = 0;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) count_if_at_least(count, held[i], bound);
-    for (uint32_t at = kHeld * kLanes + lane; at < size; at += kLanes)
-      count_if_at_least(count, list[at], bound);
-    return __reduce_add_sync(kFullWarp, count);
+  return bisect<Fmt>(
+      low, high, k,
+      [&](uint32_t bound) {
+        uint32_t count = 0;
+        for_each([&](uint32_t container) { count_if_at_least(count, container, bound); });
+        return __reduce_add_sync(kFullWarp, count);
+      },
+      [&](uint32_t& low, uint32_t& high) {
+        uint32_t smallest = 0xffffffffu, below_high = ~(Fmt::container_of(high) | Fmt::kBelow);
+        uint32_t greatest = 0xffffffffu;  // complemented: the largest container that is not above
+        for_each([&](uint32_t container) {
+          lower_to_if_at_least(smallest, container, Fmt::container_of(low));
+          lower_to_if_at_least(greatest, ~container, below_high);
+        });
+        low = Fmt::key_of(__reduce_min_sync(kFullWarp, smallest));
+        high = Fmt::key_of(~__reduce_min_sync(kFullWarp, greatest));
+      });
+}
+
+// Keys [low, high], both at the border of a class, between which the k-th largest lies; `above`
+// elements are greater, `inside` in it.
+struct Window {
+  uint32_t low, high, above, inside;
+};
+
+// Bisects the registers until the window's elements fit the list, or it is a single class.
+template <class Fmt, bool kOneWarp, class Chunks>
+TOPK_INLINE Window narrow(Team<kOneWarp>& team, const Chunks& chunks, uint32_t low, uint32_t high,
+                          uint32_t k) {
+  uint32_t above = 0, reached = 0xffffffffu;  // reached: elements with keys >= low
+  while (reached - above > kListCapacity) {
+    uint32_t middle = Fmt::key_of(Fmt::class_first(high - (high - low) / 2));
+    if (middle <= low) middle = Fmt::key_of(Fmt::class_last(low)) + 1;
+    if (Fmt::key_of(Fmt::class_last(low)) >= high) break;
+    const uint32_t count = team.sum(chunks.count_at_least(Fmt::container_of(middle)));
+    if (count >= k) {
+      low = middle;
+      reached = count;
+    } else {
+      high = middle - 1;
+      above = count;
+    }
+  }
+  return {low, high, above, reached - above};
+}
+
+// ---- Candidates --------------------------------------------------------------------------------------
+
+constexpr uint32_t kTooMany = 0xffffffffu;
+constexpr uint32_t kLost = 1u << 24;  // stands for the size of a column that overflowed
+
+// Packs the lanes' columns into the team's list. Returns how many candidates the row has, or
+// kTooMany if a column overflowed; they are in the list if they fit.
+
+template <bool kOneWarp>
+TOPK_INLINE uint32_t pack_list(Team<kOneWarp>& team, const Column& column, uint32_t capacity,
+                               uint32_t* list, uint32_t& shared_size) {
+  const uint32_t mine = column.size();
+  const uint32_t up_to_here = inclusive_scan(mine, team.lane);
+  uint32_t of_warp = __shfl_sync(kFullWarp, up_to_here, kLanes - 1);
+  const bool lost = __ballot_sync(kFullWarp, mine > capacity) != 0;
+  if (lost) of_warp = kLost;  // times 32 warps: no overflow
+  uint32_t base = 0;
+  if (!kOneWarp) {  // any order of the warps: only counts are taken of the list
+    if (team.lane == 0) base = atomicAdd(&shared_size, of_warp);
+    base = __shfl_sync(kFullWarp, base, 0);
+  }
+  if (base + of_warp <= kListCapacity) {
+    const uint32_t to = base + up_to_here - mine;
+    for (uint32_t i = 0; i < mine; ++i) list[to + i] = column.entry(i);
+  }
+  team.sync();
+  const uint32_t size = kOneWarp ? of_warp : shared_size;
+  return size >= kLost ? kTooMany : size;
+}
+
+// The threshold of a row of which too little is known: two rounds of bisection, in registers and in
+// the list. Right for every row, and what large k (more than about H / 11) always takes.
+template <class Fmt, int kColumn, bool kBounded, bool kOneWarp, class Chunks>
+TOPK_INLINE Threshold threshold_by_narrowing(Team<kOneWarp>& team, const Chunks& chunks,
+                                             uint32_t low, uint32_t largest, uint32_t k,
+                                             uint32_t* lane_column, uint32_t* list) {
+  const uint32_t high = Fmt::key_of(Fmt::class_last(Fmt::key_of(
+      team.max(__reduce_max_sync(kFullWarp, largest)))));
+  const Window window = narrow<Fmt>(team, chunks, low, high, k);
+  const uint32_t first = Fmt::container_of(window.low);
+  if (Fmt::key_of(Fmt::class_last(window.low)) >= window.high) {
+    const bool all = window.inside == k - window.above;
+    return {first, Fmt::class_last(window.low), all ? kAllTies : k - window.above};
+  }
+  const uint32_t span = Fmt::container_of(window.high - window.low) | Fmt::kBelow;
+  Column column(lane_column);
+  chunks.for_each_container([&](uint32_t container) {
+    if (kBounded) {
+      column.append_if_room(container, first, span, kColumn);
+    } else {
+      column.append_if_within(container, first, span);
+    }
+  });
+  const uint32_t found = pack_list(team, column, kColumn, list, team.scalar(kSecondList));
+  if (found == kTooMany) {  // the window fits the list, but not the column of one lane
+    return bisect<Fmt>(
+        window.low, window.high, k,
+        [&](uint32_t bound) { return team.sum(chunks.count_at_least(bound)); },
+        [](uint32_t&, uint32_t&) {});
+  }
+  return team.by_first_warp([&] {
+    return list_threshold<Fmt>(list, found, window.low, k - window.above, team.lane);
   });
 }
 
-// ---- The row as a warp sees it -------------------------------------------------------------------
-
-// Loads and stores of one slot. Rows of any length are allowed: where they do not start on 16 bytes,
-// elements move one by one.
-template <class Fmt>
-struct SlotAccess {
-  uint32_t hidden;  // elements of the row
-  uint32_t slots;   // 16-byte slots of the row, the last one maybe partial
-  bool aligned;
-
-  TOPK_INLINE void load(const void* row, uint32_t slot, uint32_t (&raw)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) raw[i] = Fmt::kPad;
-    if (slot >= slots) return;
-    if (aligned) {
-      const uint4 vector = static_cast<const uint4*>(row)[slot];
-      raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < Fmt::kElements; ++i) {
-      const uint32_t at = slot * Fmt::kElements + i;
-      if (at >= hidden) continue;
-      if (Fmt::kWide) {
-        raw[i % 4] = static_cast<const uint32_t*>(row)[at];
-      } else {
-        const uint32_t element = static_cast<const uint16_t*>(row)[at];
-        const int shift = i % 2 * 16;
-        raw[i / 2] = (raw[i / 2] & ~(0xffffu << shift)) | element << shift;
-      }
-    }
-  }
-
-  TOPK_INLINE void store(void* row, uint32_t slot, const uint32_t (&kept)[4]) const {
-    if (slot >= slots) return;
-    if (aligned) {
-      static_cast<uint4*>(row)[slot] = make_uint4(kept[0], kept[1], kept[2], kept[3]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < Fmt::kElements; ++i) {
-      const uint32_t at = slot * Fmt::kElements + i;
-      if (at >= hidden) continue;
-      if (Fmt::kWide) {
-        static_cast<uint32_t*>(row)[at] = kept[i % 4];
-      } else {
-        static_cast<uint16_t*>(row)[at] = static_cast<uint16_t>(kept[i / 2] >> (i % 2 * 16));
-      }
-    }
-  }
-};
-
-// The chunks of one warp. kHeld > 0: that many, in registers. kHeld == 0: any number, read again by
-// every pass over them (from L2, after the first one).
-template <class Fmt, int kHeld>
-class WarpChunks {
- public:
-  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
-
-  TOPK_INLINE WarpChunks(const void* row, SlotAccess<Fmt> access, uint32_t warps, uint32_t warp,
-                         uint32_t lane)
-      : row_(row), access_(access) {
-    const uint32_t chunks = (access.slots + kLanes - 1) / kLanes;
-    count_ = (chunks + warps - 1) / warps;
-    first_slot_ = warp * count_ * kLanes + lane;
-    if (kHeld > 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) access_.load(row_, slot(v), held_[v]);
-    }
-  }
-
-  // Whether chunk v is this warp's; one that is not holds pads.
-  TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
-
-  // Position in the row of this lane's slot of chunk v; past any row's end if v is another warp's.
-  TOPK_INLINE uint32_t slot(uint32_t v) const {
-    return owns(v) ? first_slot_ + v * kLanes : 0x40000000u;
-  }
-
-  // f(chunk, chunk modulo kUnroll as a constant, raw words of this lane's slot)
-  template <class F>
-  TOPK_INLINE void for_each(F f) const {
-    if (kHeld > 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) f(v, v, held_[v]);
-    } else {
-      for (uint32_t v = 0; v < count_; v += kUnroll) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          uint32_t raw[4];
-          access_.load(row_, slot(v + u), raw);
-          f(v + u, u, raw);
-        }
-      }
-    }
-  }
-
-  // f(container) for all elements, pads included
-  template <class F>
-  TOPK_INLINE void for_each_container(F f) const {
-    for_each([&](uint32_t, int, const uint32_t(&raw)[4]) {
-      uint32_t keys[4];
-      to_keys<Fmt>(raw, keys);
-      topk_mask::for_each_container<Fmt>(keys, [&](int, uint32_t container) { f(container); });
+template <class Fmt, int kColumn, bool kBounded, int kGroups, bool kOneWarp, class Chunks>
+TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks, uint32_t k,
+                                     uint32_t* lane_column, uint32_t* list) {
+  uint32_t maxima[kGroups] = {};
+  chunks.for_each([&](uint32_t, int unrolled, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
+    uint32_t& largest = maxima[unrolled % kGroups];
+    for_each_container<Fmt>(keys, [&](int, uint32_t container) {
+      largest = container > largest ? container : largest;
     });
+  });
+  team.clear_scalars();
+  uint32_t low = 0;
+  const uint32_t quota = (k + team.warps - 1) / team.warps;
+  if (quota <= kGroups * kLanes * 3 / 4) {  // else most of the row would pass the filter
+    const uint32_t floor = team.min(warp_floor<Fmt, kGroups>(maxima, quota));
+    const uint32_t floor_last = Fmt::class_last(floor);
+    Column column(lane_column);
+    chunks.for_each_container([&](uint32_t container) {
+      if (kBounded) {
+        column.append_if_room(container, floor_last + 1, ~(floor_last + 1), kColumn);
+      } else {
+        column.append_if_above(container, floor_last);
+      }
+    });
+    const uint32_t found = pack_list(team, column, kColumn, list, team.scalar(kFirstList));
+    low = Fmt::key_of(Fmt::class_first(floor));
+    if (found <= k) return {Fmt::class_first(floor), floor_last, k - found};
+    if (found <= kListCapacity) {
+      return team.by_first_warp(
+          [&] { return list_threshold<Fmt>(list, found, low, k, team.lane); });
+    }
   }
-
-  TOPK_INLINE uint32_t count_at_least(uint32_t bound) const {
-    uint32_t count = 0;
-    for_each_container([&](uint32_t container) { count_if_at_least(count, container, bound); });
-    return __reduce_add_sync(kFullWarp, count);
-  }
-
- private:
-  const void* row_;
-  SlotAccess<Fmt> access_;
-  uint32_t count_, first_slot_;
-  uint32_t held_[kHeld > 0 ? kHeld : 1][4];
-};
+  uint32_t largest = maxima[0];
+#pragma unroll
+  for (int g = 1; g < kGroups; ++g) largest = maxima[g] > largest ? maxima[g] : largest;
+  return threshold_by_narrowing<Fmt, kColumn, kBounded>(team, chunks, low, largest, k, lane_column,
+                                                        list);
+}
 
 // ---- Ties ------------------------------------------------------------------------------------------
 
 // Which of a warp's ties are selected. Slots are local: chunk of the warp * 32 + lane.
 struct Cut {
-  int slot;       // ties of slots before this one are all taken, of later ones none
-  uint32_t bits;  // selection of that slot itself
+  int slot;      // ties of slots before this one are all taken, of later ones none
+  uint32_t ties; // how many of this slot's own
 };
 
 template <class Fmt>
@@ -499,9 +760,105 @@ TOPK_INLINE uint32_t count_ties(const uint32_t (&keys)[4], Threshold threshold) 
   return count;
 }
 
-// Selection of a slot whose first `ties` ties are taken.
+// How many ties this lane has in each chunk: held chunks in a nibble each (a slot has 8 at most),
+// streamed ones counted again.
+template <class Fmt, int kHeld>
+class TieCounts {
+ public:
+  TOPK_INLINE TieCounts(const WarpChunks<Fmt, kHeld>& chunks, Threshold threshold)
+      : chunks_(chunks), threshold_(threshold) {
+    chunks_.for_each([&](uint32_t v, int u, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
+      // Pads of the row's end come after all elements, those of other warps' chunks do not.
+      const uint32_t count = chunks_.owns(v) ? count_ties<Fmt>(keys, threshold_) : 0;
+      of_lane_ += count;
+      nibbles_ |= count << (4 * (u % 8));
+    });
+  }
+
+  TOPK_INLINE uint32_t of_lane() const { return of_lane_; }
+
+  // f(chunk, this lane's ties in it)
+  template <class F>
+  TOPK_INLINE void for_each(F f) const {
+    if (kHeld > 0) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) f(v, nibbles_ >> (4 * v) & 0xfu);
+    } else {
+      chunks_.for_each([&](uint32_t v, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
+        f(v, count_ties<Fmt>(keys, threshold_));
+      });
+    }
+  }
+
+ private:
+  const WarpChunks<Fmt, kHeld>& chunks_;
+  Threshold threshold_;
+  uint32_t of_lane_ = 0, nibbles_ = 0;
+};
+
+// Where this warp's `ties` lowest ties end, of which it has that many at least.
+template <class Counts>
+TOPK_INLINE Cut locate_cut(const Counts& counts, uint32_t ties, int lane) {
+  uint32_t passed = 0, wanted = 0, of_lane = 0, crossing = 0;
+  counts.for_each([&](uint32_t v, uint32_t count) {
+    const uint32_t of_chunk = __reduce_add_sync(kFullWarp, count);
+    if (passed < ties) {
+      wanted = ties - passed;
+      of_lane = count;
+      crossing = v;
+    }
+    passed += of_chunk;
+  });
+  const uint32_t up_to_here = inclusive_scan(of_lane, lane);
+  const int cut_lane = __ffs(__ballot_sync(kFullWarp, up_to_here >= wanted)) - 1;
+  const uint32_t before = __shfl_sync(kFullWarp, up_to_here - of_lane, cut_lane);
+  return {static_cast<int>(crossing * kLanes) + cut_lane, wanted - before};
+}
+
+template <class Fmt, int kHeld, bool kOneWarp>
+TOPK_INLINE Cut find_cut(Team<kOneWarp>& team, const WarpChunks<Fmt, kHeld>& chunks,
+                         Threshold threshold) {
+  if (threshold.ties == kAllTies) return {kEverySlot, 0};
+  if (threshold.ties == 0) return {kNoSlot, 0};
+  const TieCounts<Fmt, kHeld> counts(chunks, threshold);
+  if (kOneWarp) return locate_cut(counts, threshold.ties, team.lane);
+  const uint32_t of_warp = __reduce_add_sync(kFullWarp, counts.of_lane());
+  const uint32_t before = team.sum_of_warps_before(of_warp);
+  if (before >= threshold.ties) return {kNoSlot, 0};
+  if (before + of_warp <= threshold.ties) return {kEverySlot, 0};
+  return locate_cut(counts, threshold.ties - before, team.lane);
+}
+
+// ---- Write ---------------------------------------------------------------------------------------
+
+// kept = raw where the container lies above the bound, else 0. Returns the slot's bits, with
+// anything above them.
 template <class Fmt>
-TOPK_INLINE uint32_t cut_bits(const uint32_t (&keys)[4], Threshold threshold, uint32_t ties) {
+TOPK_INLINE uint32_t keep_above(const uint32_t (&raw)[4], const uint32_t (&keys)[4], uint32_t bound,
+                                uint32_t (&kept)[4]) {
+  uint32_t bits = 0;
+  if (Fmt::kWide) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keep_if_above(bits, 1u << i, kept[i], raw[i], keys[i], bound);
+    return bits;
+  }
+  // Two comparisons by one subtraction: with a top bit lent to each half of the bound, what is left
+  // of it says whether the lower 15 bits of the key are no larger; the top bits decide before them.
+  const uint32_t bounds = logic3<kA | kB>(bound & 0xffff0000u, bound >> 16, 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t rest = (bounds | Fmt::kTops) - (keys[i] & ~Fmt::kTops);
+    constexpr int kAbove = (kA & ~kB) | (kA & ~kC) | (~kB & ~kC);
+    const uint32_t mask = spread_signs(logic3<kAbove>(keys[i], rest, bounds), 0x3311u);
+    kept[i] = raw[i] & mask;
+    bits = logic3<(kA & kB) | kC>(mask, 0x20001u << (2 * i), bits);
+  }
+  return bits | bits >> 16;
+}
+
+// A slot of which neither all nor no ties are taken, or a bound would lie below key 0.
+template <class Fmt>
+TOPK_INLINE uint32_t special_bits(const uint32_t (&keys)[4], Threshold threshold, uint32_t ties) {
   uint32_t bits = 0;
   for_each_container<Fmt>(keys, [&](int i, uint32_t container) {
     const bool tie = container >= threshold.first && container <= threshold.last;
@@ -511,95 +868,31 @@ TOPK_INLINE uint32_t cut_bits(const uint32_t (&keys)[4], Threshold threshold, ui
   return bits;
 }
 
-// Finds where this warp's `ties` lowest ties end; it has more of them than that.
 template <class Fmt, class Chunks>
-TOPK_INLINE Cut locate_cut(const Chunks& chunks, Threshold threshold, uint32_t ties, int lane) {
-  uint32_t passed = 0, wanted = 0, lane_ties = 0, crossing = 0;
-  uint32_t crossing_keys[4] = {};
-  chunks.for_each([&](uint32_t v, int, const uint32_t(&raw)[4]) {
-    uint32_t keys[4];
-    to_keys<Fmt>(raw, keys);
-    const uint32_t of_lane = count_ties<Fmt>(keys, threshold);
-    const uint32_t of_chunk = __reduce_add_sync(kFullWarp, of_lane);
-    if (passed < ties && passed + of_chunk >= ties) {
-      wanted = ties - passed;
-      lane_ties = of_lane;
-      crossing = v;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) crossing_keys[i] = keys[i];
-    }
-    passed += of_chunk;
-  });
-  const uint32_t up_to_here = inclusive_scan(lane_ties, lane);
-  const uint32_t enough = __ballot_sync(kFullWarp, up_to_here >= wanted);
-  const int cut_lane = __ffs(enough) - 1;
-  const uint32_t before = up_to_here - lane_ties;
-  return {static_cast<int>(crossing * kLanes) + cut_lane,
-          cut_bits<Fmt>(crossing_keys, threshold, wanted - before)};
-}
-
-template <class Fmt, bool kOneWarp, class Chunks>
-TOPK_INLINE Cut find_cut(Team<kOneWarp>& team, const Chunks& chunks, Threshold threshold) {
-  if (threshold.ties == kAllTies) return {kEverySlot, 0};
-  if (threshold.ties == 0) return {kNoSlot, 0};
-  uint32_t ties = threshold.ties;
-  if (!kOneWarp) {
-    uint32_t of_lane = 0;
-    chunks.for_each([&](uint32_t v, int, const uint32_t(&raw)[4]) {
-      uint32_t keys[4];
-      to_keys<Fmt>(raw, keys);
-      // Pads of the row's end come after all elements, those of other warps' chunks do not.
-      if (chunks.owns(v)) of_lane += count_ties<Fmt>(keys, threshold);
-    });
-    const uint32_t of_warp = __reduce_add_sync(kFullWarp, of_lane);
-    const uint32_t before = team.sum_of_warps_before(of_warp);
-    if (before >= ties) return {kNoSlot, 0};
-    ties -= before;
-    if (of_warp <= ties) return {kEverySlot, 0};
-  }
-  return locate_cut<Fmt>(chunks, threshold, ties, team.lane);
-}
-
-// ---- Write ---------------------------------------------------------------------------------------
-
-template <class Fmt>
-TOPK_INLINE uint32_t select_bits(const uint32_t (&raw)[4], Threshold threshold, Cut cut,
-                                 int local_slot) {
-  uint32_t keys[4], bits = 0;
-  to_keys<Fmt>(raw, keys);
-  const bool with_ties = local_slot < cut.slot;
-  const uint32_t bound = with_ties ? threshold.first - 1 : threshold.last;
-  for_each_container<Fmt>(keys, [&](int i, uint32_t container) {
-    set_bit_if_above(bits, 1u << i, container, bound);
-  });
-  // No bound lies under key 0: with it as a tie, the whole slot is selected.
-  if (with_ties && threshold.first == 0) bits = (1u << Fmt::kElements) - 1;
-  return local_slot == cut.slot ? cut.bits : bits;
-}
-
-template <class Fmt, class Chunks>
-TOPK_INLINE void write_row(const Chunks& chunks, SlotAccess<Fmt> access, Threshold threshold,
-                           Cut cut, void* y_row, uint8_t* bits_row, int lane) {
-  const uint32_t bits_bytes = (access.hidden + 31) / 32 * 4;
+TOPK_INLINE void write_row(const Chunks& chunks, Threshold threshold, Cut cut, int lane) {
+  // Slots [special, cut.slot] are chosen element by element.
+  const int special = threshold.first == 0 ? 0 : cut.slot;
+  const uint32_t specials = cut.slot - special;
   uint32_t even_bits = 0;
-  chunks.for_each([&](uint32_t v, int unrolled, const uint32_t(&raw)[4]) {
-    const uint32_t bits =
-        select_bits<Fmt>(raw, threshold, cut, static_cast<int>(v * kLanes) + lane);
-    uint32_t kept[4];
-    keep_selected<Fmt>(raw, bits, kept);
-    access.store(y_row, chunks.slot(v), kept);
+  chunks.for_each([&](uint32_t v, int unrolled, const uint32_t(&raw)[4], const uint32_t(&keys)[4]) {
+    const int slot = static_cast<int>(v * kLanes) + lane;
+    uint32_t kept[4], bits;
+    if (static_cast<uint32_t>(slot - special) <= specials) {
+      bits = special_bits<Fmt>(keys, threshold, slot < cut.slot ? Fmt::kElements : cut.ties);
+      keep_selected<Fmt>(raw, bits, kept);
+    } else {
+      bits = keep_above<Fmt>(raw, keys, slot < cut.slot ? threshold.first - 1 : threshold.last, kept);
+    }
+    chunks.store(v, kept);
     if (!Fmt::kWide) {
-      if (chunks.slot(v) < bits_bytes) bits_row[chunks.slot(v)] = static_cast<uint8_t>(bits);
+      chunks.store_bits(v, bits);
     } else if (unrolled % 2 == 0) {
       even_bits = bits;
     } else {
-      // Two chunks of nibbles make 32 bytes: even lanes write those of the even chunk.
       const uint32_t own = even_bits | bits << 4;
       const uint32_t other = __shfl_xor_sync(kFullWarp, own, 1);
-      const bool odd = lane % 2 == 1;
-      const uint32_t byte = odd ? (other >> 4) | (own & 0xf0u) : (own & 0xfu) | other << 4;
-      const uint32_t at = chunks.slot(odd ? v : v - 1) / 2;
-      if (at < bits_bytes) bits_row[at] = static_cast<uint8_t>(byte);
+      chunks.store_bits(v - 1, lane % 2 == 1 ? (other >> 4) | (own & 0xf0u)
+                                             : (own & 0xfu) | other << 4);
     }
   });
 }
@@ -607,112 +900,30 @@ TOPK_INLINE void write_row(const Chunks& chunks, SlotAccess<Fmt> access, Thresho
 // ---- One row --------------------------------------------------------------------------------------
 
 template <class Fmt, int kHeld, bool kOneWarp>
-TOPK_INLINE void topk_mask_row(const void* x_row, void* y_row, uint8_t* bits_row,
-                               SlotAccess<Fmt> access, uint32_t k, Team<kOneWarp> team,
-                               uint32_t* columns, uint32_t* list) {
-  constexpr bool kStreaming = kHeld == 0;
-  constexpr int kColumn = kStreaming ? kStreamColumn : kHeld * Fmt::kElements;
-  constexpr int kGroups = kOneWarp ? WarpChunks<Fmt, kHeld>::kUnroll : 4;
-  const WarpChunks<Fmt, kHeld> chunks(x_row, access, team.warps, team.warp, team.lane);
-
-  uint32_t maxima[kGroups] = {};
-  chunks.for_each([&](uint32_t, int unrolled, const uint32_t(&raw)[4]) {
-    uint32_t keys[4], &largest = maxima[unrolled % kGroups];
-    to_keys<Fmt>(raw, keys);
-    for_each_container<Fmt>(keys, [&](int, uint32_t container) {
-      largest = container > largest ? container : largest;
-    });
-  });
-  if (!kOneWarp && team.warp == 0 && team.lane == 0) {
-    team.scalar(kListSize) = 0;
-    team.scalar(kOverflows) = 0;
-  }
-
-  Threshold threshold;
-  uint32_t found = 0xffffffffu, floor_key = 0;
-  const uint32_t quota = (k + team.warps - 1) / team.warps;
-  if (quota <= kGroups * kLanes * 3 / 4) {  // else most of the row would pass the filter
-    floor_key = team.min(warp_floor<Fmt, kGroups>(maxima, quota));
-    const uint32_t bound = Fmt::class_last(floor_key);
-    Column column(columns + team.warp * (kColumn * kLanes) + team.lane);
-    chunks.for_each_container([&](uint32_t container) {
-      if (kStreaming) {
-        column.append_if_above_bounded(container, bound, kColumn);
-      } else {
-        column.append_if_above(container, bound);
-      }
-    });
-    const uint32_t mine = column.size();
-    const uint32_t up_to_here = inclusive_scan(mine, team.lane);
-    const uint32_t of_warp = __shfl_sync(kFullWarp, up_to_here, kLanes - 1);
-    const uint32_t lost =
-        kStreaming ? __ballot_sync(kFullWarp, mine > static_cast<uint32_t>(kColumn)) : 0;
-    uint32_t base = 0;
-    if (!kOneWarp) {  // any order of the warps: only counts are taken of the list
-      if (team.lane == 0) {
-        base = atomicAdd(&team.scalar(kListSize), of_warp);
-        if (lost) atomicAdd(&team.scalar(kOverflows), 1u);
-      }
-      base = __shfl_sync(kFullWarp, base, 0);
-    }
-    if (lost == 0 && base + of_warp <= kListCapacity) {
-      const uint32_t to = base + up_to_here - mine;
-      for (uint32_t i = 0; i < mine; ++i) list[to + i] = column.entry(i);
-    }
-    team.sync();
-    found = kOneWarp ? of_warp : team.scalar(kListSize);
-    if (found > k && (!kOneWarp && kStreaming ? team.scalar(kOverflows) != 0 : lost != 0))
-      found = 0xffffffffu;
-  }
-
-  if (found <= k) {
-    threshold = {Fmt::class_first(floor_key), Fmt::class_last(floor_key), k - found};
-  } else if (found <= kListCapacity) {
-    const uint32_t low = Fmt::key_of(Fmt::class_last(floor_key)) + 1;
-    if (kOneWarp || team.warp == 0) threshold = list_threshold<Fmt>(list, found, low, k, team.lane);
-    if (!kOneWarp) {
-      if (team.warp == 0 && team.lane == 0) {
-        team.scalar(kFirst) = threshold.first;
-        team.scalar(kLast) = threshold.last;
-        team.scalar(kTies) = threshold.ties;
-      }
-      team.sync();
-      threshold = {team.scalar(kFirst), team.scalar(kLast), team.scalar(kTies)};
-    }
-  } else {
-    uint32_t largest = maxima[0];
-#pragma unroll
-    for (int g = 1; g < kGroups; ++g) largest = maxima[g] > largest ? maxima[g] : largest;
-    const uint32_t high = Fmt::key_of(team.max(__reduce_max_sync(kFullWarp, largest)));
-    threshold = bisect<Fmt>(floor_key, high, k, [&](uint32_t bound) {
-      return team.sum(chunks.count_at_least(bound));
-    });
-  }
-  const Cut cut = find_cut<Fmt, kOneWarp>(team, chunks, threshold);
-  write_row<Fmt>(chunks, access, threshold, cut, y_row, bits_row, team.lane);
-}
-
-template <class Fmt, int kHeld, bool kOneWarp>
 TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, int hidden, int k) {
-  TOPK_SHARED_WORDS(shared);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int row_in_block = kOneWarp ? warp : 0;
-  const int warps = kOneWarp ? 1 : blockDim.x / kLanes;
-  const int64_t row = kOneWarp ? static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp
-                               : static_cast<int64_t>(blockIdx.x);
-  if (row >= rows) return;
   constexpr int kColumn = kHeld > 0 ? kHeld * Fmt::kElements : kStreamColumn;
+  constexpr int kGroups = kHeld == 8 && !kOneWarp ? 4 : WarpChunks<Fmt, kHeld>::kUnroll;
+  constexpr int kBytes = kSlotBytes / Fmt::kElements;
+  TOPK_SHARED_WORDS(shared);
+  const int lane = threadIdx.x % kLanes, warp_in_block = threadIdx.x / kLanes;
+  const int warps = kOneWarp ? 1 : blockDim.x / kLanes;
+  const int warp = kOneWarp ? 0 : warp_in_block;
+  const int row_in_block = kOneWarp ? warp_in_block : 0;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kOneWarp ? kRowsPerBlock : 1) + row_in_block;
+  if (row >= rows) return;  // whole warps, and of a team all or none
+
   uint32_t* columns = shared + row_in_block * shared_words(warps, kColumn);
   uint32_t* list = columns + warps * (kLanes * kColumn);
-  const uint32_t size = hidden;
-  const SlotAccess<Fmt> access{size, (size + Fmt::kElements - 1) / Fmt::kElements,
-                               kHeld > 0 || rows_aligned(x, y, hidden, kSlotBytes / Fmt::kElements)};
-  const int64_t offset = row * hidden * (kSlotBytes / Fmt::kElements);
-  const int64_t bits_offset = row * ((hidden + 31) / 32) * 4;
-  topk_mask_row<Fmt, kHeld, kOneWarp>(
-      static_cast<const uint8_t*>(x) + offset, static_cast<uint8_t*>(y) + offset,
-      reinterpret_cast<uint8_t*>(bits) + bits_offset, access, k,
-      Team<kOneWarp>(warps, kOneWarp ? 0 : warp, lane, list + kListCapacity), columns, list);
+  Team<kOneWarp> team(warps, warp, lane, list + kListCapacity);
+  const int64_t start = row * hidden * kBytes, bits_start = row * ((hidden + 31) / 32) * 4;
+  const WarpChunks<Fmt, kHeld> chunks(
+      {static_cast<const uint8_t*>(x) + start, static_cast<uint8_t*>(y) + start,
+       reinterpret_cast<uint8_t*>(bits) + bits_start, static_cast<uint32_t>(hidden),
+       rows_aligned(x, y, hidden, kBytes)},
+      warps, warp, lane);
+  const Threshold threshold = find_threshold<Fmt, kColumn, kHeld == 0, kGroups>(
+      team, chunks, k, columns + warp * (kLanes * kColumn) + lane, list);
+  write_row<Fmt>(chunks, threshold, find_cut(team, chunks, threshold), lane);
 }
 
 // ---- Backward ------------------------------------------------------------------------------------
@@ -721,38 +932,46 @@ TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, i
 template <class Fmt>
 TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_t rows, int hidden,
                           int warps_per_row) {
+  constexpr int kBytes = kSlotBytes / Fmt::kElements;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int rows_per_block = blockDim.x / kLanes / warps_per_row;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + warp / warps_per_row;
   if (row >= rows) return;
-  const uint32_t size = hidden;
-  const SlotAccess<Fmt> access{size, (size + Fmt::kElements - 1) / Fmt::kElements,
-                               rows_aligned(dy, dx, hidden, kSlotBytes / Fmt::kElements)};
-  const int64_t offset = row * hidden * (kSlotBytes / Fmt::kElements);
-  const void* dy_row = static_cast<const uint8_t*>(dy) + offset;
-  void* dx_row = static_cast<uint8_t*>(dx) + offset;
+  const bool aligned = rows_aligned(dy, dx, hidden, kBytes);
+  const uint32_t size = hidden, slots = (size + Fmt::kElements - 1) / Fmt::kElements;
+  const uint8_t* dy_row = static_cast<const uint8_t*>(dy) + row * hidden * kBytes;
+  uint8_t* dx_row = static_cast<uint8_t*>(dx) + row * hidden * kBytes;
   const uint8_t* bits_row = reinterpret_cast<const uint8_t*>(bits) + row * ((hidden + 31) / 32) * 4;
-  for (uint32_t slot = warp % warps_per_row * kLanes + lane; slot < access.slots;
+  for (uint32_t slot = warp % warps_per_row * kLanes + lane; slot < slots;
        slot += warps_per_row * kLanes) {
-    uint32_t raw[4], kept[4];
-    access.load(dy_row, slot, raw);
+    const uint32_t at = slot * kSlotBytes, elements = size - slot * Fmt::kElements;
     const uint32_t of_slot =
         Fmt::kWide ? bits_row[slot / 2] >> (slot % 2 * 4) : static_cast<uint32_t>(bits_row[slot]);
-    keep_selected<Fmt>(raw, of_slot, kept);
-    access.store(dx_row, slot, kept);
+    uint32_t raw[4] = {}, kept[4];
+    if (aligned) {
+      load_vector(dy_row + at, raw);
+      keep_selected<Fmt>(raw, of_slot, kept);
+      *reinterpret_cast<uint4*>(dx_row + at) = make_uint4(kept[0], kept[1], kept[2], kept[3]);
+    } else {
+      load_elements<Fmt>(dy_row + at, elements, raw);
+      keep_selected<Fmt>(raw, of_slot, kept);
+      store_elements<Fmt>(dx_row + at, elements, kept);
+    }
   }
 }
 
 // ---- Kernels ---------------------------------------------------------------------------------------
 // C names, so that profilers and the PTX tests can tell them apart.
 
-// X(name, dtype, abs, slots in registers or 0, one warp a row, most threads, least blocks a processor)
+// X(name, dtype, abs, slots in registers or 0, one warp a row, most threads, blocks a processor has
+// room for at least). The last one is the register budget: without it ptxas saves registers by
+// spilling a few words.
 #define TOPK_VARIANTS(X, dtype_name, dtype, mode_name, abs)                  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp2, dtype, abs, 2, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128)  \
-  X(topk_mask_##dtype_name##_##mode_name##_block8, dtype, abs, 8, false, 512) \
-  X(topk_mask_##dtype_name##_##mode_name##_stream, dtype, abs, 0, false, 1024)
+  X(topk_mask_##dtype_name##_##mode_name##_warp2, dtype, abs, 2, true, 128, 8)  \
+  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128, 6)  \
+  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128, 4)  \
+  X(topk_mask_##dtype_name##_##mode_name##_block8, dtype, abs, 8, false, 512, 1) \
+  X(topk_mask_##dtype_name##_##mode_name##_stream, dtype, abs, 0, false, 1024, 1)
 
 // In the order of ((dtype * 2) + mode) * kNumVariants + variant.
 #define TOPK_FORWARD_KERNELS(X)                    \
@@ -763,8 +982,8 @@ TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_
   TOPK_VARIANTS(X, float16, 2, value, false)       \
   TOPK_VARIANTS(X, float16, 2, abs, true)
 
-#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads)                           \
-  extern "C" __global__ void __launch_bounds__(threads)                                          \
+#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads, blocks)                           \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                          \
       name(const void* __restrict__ x, void* __restrict__ y, uint32_t* __restrict__ bits,        \
            int64_t rows, int hidden, int k) {                                                    \
     forward<Format<dtype, abs>, held, one_warp>(x, y, bits, rows, hidden, k);                    \

@@ -16,7 +16,7 @@ namespace topk_mask {
 constexpr int kLanes = 32;         // threads of a warp
 constexpr int kSlotBytes = 16;     // what one lane moves by one load: a slot of 8 or 4 elements
 constexpr int kListCapacity = 512; // candidates that one row's compact list holds
-constexpr int kStreamColumn = 8;   // candidates that one lane of the streaming kernel can hold
+constexpr int kStreamColumn = 16;  // candidates that one lane of the streaming kernel can hold
 constexpr int kControlWords = 96; // a row's counters in shared memory, see topk_mask.cuh
 constexpr int kMaxBlockWarps = 16; // register-resident rows: 512 threads at up to 128 registers
 constexpr int kMaxStreamWarps = 32;

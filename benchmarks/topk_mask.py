@@ -26,7 +26,7 @@ from topk_megatron.ops.extension import MISSING
 from topk_megatron.ops.library import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SIZES = {"out of cache": 64 << 20, "in cache": 512 << 10}  # bytes of x
+SIZES = {"out of cache": 32 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
 CUDA_BYTES = 256 << 20
 ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised")
 

@@ -36,7 +36,7 @@ def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
     """Zero all but the k coordinates of the last dimension with the largest key.
 
     Args:
-        x: [..., H] in float32, bfloat16, float16 or float64 (on CUDA, float64 has no kernel).
+        x: [..., H] in float32, bfloat16, float16 or float64 (float64 on CPU only).
         k: coordinates kept in every row; k >= H is the identity and returns x itself.
         mode: ``value`` compares x (the paper's choice), ``abs`` compares \\|x\\|.
 
@@ -133,6 +133,8 @@ def _check_arguments(x: Tensor, k: int, mode: str) -> None:
     if mode not in MODES:
         raise TopKArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     _check_dtype("x", x)
+    if x.is_cuda and x.dtype == torch.float64:
+        raise TopKArgumentError("float64 is supported on CPU only; convert x to float32 first")
     if x.dim() == 0:
         raise TopKArgumentError("x must have at least one dimension [..., H], got a scalar")
     if k < 1:

@@ -104,9 +104,11 @@ void* scratch(size_t num_bytes) {
   thread_local Buffer buffer;
   if (buffer.size < num_bytes) {
     std::free(buffer.data);
-    buffer.size = (num_bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, buffer.size);
-    if (buffer.data == nullptr) std::abort();
+    buffer.size = 0;
+    const size_t size = (num_bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, size);
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.size = size;
   }
   return buffer.data;
 }

@@ -1,12 +1,12 @@
 // The algorithm, once, for every instruction set.
 //
 // A row is read from memory once and found in L1/L2 for the rest:
-//   1. sample    64-byte pieces spread over the row give a key t0 that about k + 3 sigma coordinates
-//                reach. t0 is a key that occurs in the row, so that mass ties are met exactly.
+//   1. sample    64-byte pieces spread over the row give a key t0 that about k + 2.5 sigma of the
+//                coordinates reach. t0 occurs in the row, so that mass ties are met exactly.
 //   2. collect   one pass compresses the coordinates with key >= t0 into a buffer (never overflows:
 //                it holds a whole row).
-//   3. narrow    log-linear interpolation, then bisection, over the buffer finds t, the k-th largest
-//                key, and how many keys lie above it.
+//   3. narrow    counting probes over the buffer, log-linear at first, shrink a bracket around t, the
+//                k-th largest key, until its members can be ranked against each other.
 //   4. emit      one pass writes y and the bitmask. While ties at t remain to be taken it compares
 //                twice (>= t and > t); before and after, once.
 // Whatever the sample says, the result is exact: if fewer than k coordinates reach t0, the whole row
@@ -19,7 +19,8 @@
 //     static Threshold threshold(Key t);             // min_key <= t <= kNanKey
 //     static uint32_t ge(const Raw* p, Threshold);   // bit i: key(p[i]) >= t, for 32 elements
 //     static int count(const Raw* p, Threshold);     // of bits set in ge
-//     static Raw* compress(const Raw* p, uint32_t mask, Raw* out);  // may write 32 past the result
+//     static Raw* compress(const Raw* p, uint32_t mask, Raw* out);
+//         // writes at most 32 elements from out, so that out may be p or lie before it
 //     static Raw* collect(const Raw* p, Threshold, Raw* out, NanWatch&);  // ge + compress
 //     template <bool Stream> static uint32_t ge_store(const Raw* x, Raw* y, Threshold);
 //     template <bool Stream> static void mask_store(const Raw* x, Raw* y, uint32_t mask);
@@ -208,14 +209,15 @@ struct Row {
     std::memcpy(last, x + plan.num_blocks * kBlock, plan.tail * sizeof(Raw));
   }
 
-  // Where the line through (low, log num_low) and (high, log num_high) crosses log(goal); beyond
-  // `high` too, by at most the bracket's own width.
+  // Where the line through (low, log num_low) and (high, log num_high) crosses log(goal); up to a
+  // few widths beyond `high`. Only a guess: the caller clamps it to its bracket.
   static Key on_line(const Bracket<Key>& line, float goal) {
+    if (line.high <= line.low) return line.low;  // the hint missed: everything above low is NaN
     const float top = log2_about(static_cast<float>(line.num_low));
     const float bottom = log2_about(std::max(static_cast<float>(line.num_high), 0.5f));
     const float part = (top - log2_about(std::max(goal, 0.5f))) / std::max(top - bottom, 1e-3f);
-    return line.between(static_cast<uint64_t>(static_cast<float>(line.gap()) *
-                                              std::min(std::max(part, 0.0f), 8.0f)));
+    const float distance = static_cast<float>(line.gap()) * std::min(std::max(part, 0.0f), 8.0f);
+    return line.between(static_cast<uint64_t>(std::min(distance, 9e18f)));
   }
 
   // Shrink the bracket until the selection is known: num_low == k, or low is the k-th key.

@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from topk_megatron.ops.extension import MISSING
 from topk_megatron.ops.library import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SIZES = {"out of cache": 32 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
+SIZES = {"out of cache": 8 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
 CUDA_BYTES = 256 << 20
 ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised")
 
@@ -107,7 +107,7 @@ def medians(works: dict[str, Callable[[], object]], setting: Setting) -> dict[st
     number = {}
     for name, work in works.items():
         work()
-        number[name] = max(1, min(200, int(0.002 / max(measure(work, 1), 1e-7))))
+        number[name] = max(1, min(200, int(0.001 / max(measure(work, 1), 1e-7))))
     for _ in range(setting.repeats):
         for name, work in works.items():
             times[name].append(measure(work, number[name]))
@@ -148,7 +148,7 @@ def compare(setting: Setting) -> list[str]:
     }
     slow = {name: works.pop(name) for name in ("topk + scatter", "kthvalue")}
     ns = medians(works, setting)
-    few = Setting(**{**setting.__dict__, "repeats": 3})
+    few = replace(setting, repeats=5)
     ns |= medians({**slow, "forward again": works["forward"]}, few)
     cells = [f"{ns[name]:,.0f}" for name in ("topk + scatter", "kthvalue", "copy", "limit")]
     cells += [f"{ns['forward']:,.0f}", f"{ns['backward']:,.0f}"]
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--k", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=31)
     options = parser.parse_args()
     for num_threads in options.threads if options.device == "cpu" else [1]:
         torch.set_num_threads(num_threads)

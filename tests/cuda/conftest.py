@@ -3,13 +3,11 @@
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from emulated import CSRC, EmulatedKernels, build, find_compiler
-
-PTX_ARCHITECTURES = ("80", "90")
+from ptx_runner import PTX_ARCHITECTURES, PtxTools
 
 
 @pytest.fixture(scope="session")
@@ -18,14 +16,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     if find_compiler() is None:
         pytest.skip("no C++ compiler (g++, c++, clang++ or $CXX): the CUDA source is not executed")
     return EmulatedKernels(build(tmp_path_factory.mktemp("emulated") / "libtopk_emulated.so"))
-
-
-@dataclass(frozen=True)
-class PtxTools:
-    """The driver linked with the emulator, and the PTX of each architecture."""
-
-    driver: Path
-    ptx: dict[str, Path]
 
 
 def _run(command: list[str]) -> None:

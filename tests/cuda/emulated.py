@@ -23,8 +23,14 @@ SHARED_LIMIT = 227 * 1024
 
 def find_compiler() -> str | None:
     """A C++17 compiler: $CXX, or the usual names."""
-    return next((found for name in (os.environ.get("CXX"), "g++", "c++", "clang++")
-                 if name and (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CXX"), "g++", "c++", "clang++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def build(

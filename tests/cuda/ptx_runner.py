@@ -14,6 +14,15 @@ from topk_megatron.ops.reference import WORD_BITS
 
 SECTOR_BYTES = 32
 WARP_LANES = 32
+PTX_ARCHITECTURES = ("80", "90")
+
+
+@dataclass(frozen=True)
+class PtxTools:
+    """The driver linked with the emulator, and the PTX of each architecture."""
+
+    driver: Path
+    ptx: dict[str, Path]
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,17 @@ TOPK_INLINE void lower_to_if_at_least(uint32_t& smallest, uint32_t container, ui
 #endif
 }
 
+// word & mask, computed where it is written: the compiler must not keep the result for later.
+TOPK_INLINE uint32_t and_again(uint32_t word, uint32_t mask) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm volatile("and.b32 %0, %1, %2;" : "=r"(out) : "r"(word), "r"(mask));
+  return out;
+#else
+  return word & mask;
+#endif
+}
+
 // bits |= bit and kept = raw where container > bound, else kept = 0.
 TOPK_INLINE void keep_if_above(uint32_t& bits, uint32_t bit, uint32_t& kept, uint32_t raw,
                                uint32_t container, uint32_t bound) {
@@ -151,10 +162,9 @@ class Column {
 #endif
   }
 
-  // Counts like append_if_within, but keeps only the first `capacity` entries.
-  TOPK_INLINE void append_if_room(uint32_t container, uint32_t first, uint32_t span,
-                                  uint32_t capacity) {
-    if (container - first > span) return;
+  // Counts like append_if_above, but keeps only the first `capacity` entries.
+  TOPK_INLINE void append_if_room(uint32_t container, uint32_t bound, uint32_t capacity) {
+    if (container <= bound) return;
     if (size() < capacity) first_[kLanes * size()] = container;
     cursor_ += 4 * kLanes;
     ++size_;
@@ -185,6 +195,7 @@ class Column {
 template <int kDtype, bool kAbs>
 struct Format {
   static constexpr bool kWide = kDtype == 0;
+  static constexpr bool kCheapKeys = kAbs;  // one instruction a word: not worth its register
   static constexpr int kElements = kWide ? 4 : 8;      // of a slot
   static constexpr int kShift = kWide ? 0 : 16;        // from key to container
   static constexpr uint32_t kBelow = kWide ? 0 : 0xffffu;  // bits of a container under its key
@@ -201,7 +212,7 @@ struct Format {
 
   // A word of one or two elements to as many keys, in place.
   TOPK_INLINE static uint32_t keys(uint32_t word) {
-    if (kAbs) return word & (kWide ? 0x7fffffffu : 0x7fff7fffu);
+    if (kAbs) return and_again(word, kWide ? 0x7fffffffu : 0x7fff7fffu);
     if (kWide) {
       const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
       return logic3<kA ^ (kB | kC)>(word, negative, kSign) - kRotation;
@@ -399,6 +410,7 @@ template <class Fmt, int kHeld>
 class WarpChunks {
  public:
   static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
+  static constexpr bool kKeysHeld = kHeld > 0 && !Fmt::kCheapKeys;
   static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
   static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
 
@@ -427,7 +439,15 @@ class WarpChunks {
   TOPK_INLINE void for_each(F f) const {
     if (kHeld > 0) {
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) f(v, v, raw_[v], keys_[v]);
+      for (int v = 0; v < kHeld; ++v) {
+        if (kKeysHeld) {
+          f(v, v, raw_[v], keys_[kKeysHeld ? v : 0]);
+        } else {
+          uint32_t keys[4];
+          to_keys<Fmt>(raw_[v], keys);
+          f(v, v, raw_[v], keys);
+        }
+      }
     } else {
       for (uint32_t v = 0; v < count_; v += kUnroll) {
 #pragma unroll
@@ -488,7 +508,8 @@ class WarpChunks {
       for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
     }
 #pragma unroll
-    for (int v = 0; v < kHeld; ++v) to_keys<Fmt>(raw_[v], keys_[v]);
+    for (int v = 0; v < kHeld; ++v)
+      if (kKeysHeld) to_keys<Fmt>(raw_[v], keys_[kKeysHeld ? v : 0]);
   }
 
   TOPK_INLINE void load(uint32_t v, uint32_t (&raw)[4]) const {
@@ -506,7 +527,7 @@ class WarpChunks {
   Row row_;  // its pointers moved to this lane's first slot, hidden counts from there
   int lane_, limit_, bits_limit_;
   uint32_t count_;
-  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kHeld > 0 ? kHeld : 1][4];
+  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kKeysHeld ? kHeld : 1][4];
 };
 
 // ---- Threshold -------------------------------------------------------------------------------------
@@ -573,11 +594,9 @@ TOPK_INLINE uint32_t warp_floor(const uint32_t (&maxima)[kGroups], uint32_t quot
   return Fmt::key_of(__reduce_min_sync(kFullWarp, next));
 }
 
-// The threshold among `size` listed containers with keys >= low; one warp.
-template <class Fmt>
-TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32_t low, uint32_t k,
-                                     int lane) {
-  constexpr int kHeld = 8;  // 256 candidates in registers; a longer list is read again and again
+template <class Fmt, int kHeld>
+TOPK_INLINE Threshold held_list_threshold(const uint32_t* list, uint32_t size, uint32_t low,
+                                          uint32_t k, int lane) {
   uint32_t held[kHeld], largest = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -588,10 +607,7 @@ TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32
   const auto for_each = [&](auto f) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) f(held[i]);
-    for (uint32_t at = kHeld * kLanes + lane; at < size; at += kLanes) f(list[at]);
   };
-  for (uint32_t at = kHeld * kLanes + lane; at < size; at += kLanes)
-    largest = list[at] > largest ? list[at] : largest;
   const uint32_t high = Fmt::key_of(__reduce_max_sync(kFullWarp, largest));
   return bisect<Fmt>(
       low, high, k,
@@ -610,6 +626,17 @@ TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32
         low = Fmt::key_of(__reduce_min_sync(kFullWarp, smallest));
         high = Fmt::key_of(~__reduce_min_sync(kFullWarp, greatest));
       });
+}
+
+// The threshold among `size` listed containers with keys >= low; one warp, its list in registers.
+template <class Fmt>
+TOPK_INLINE Threshold list_threshold(const uint32_t* list, uint32_t size, uint32_t low, uint32_t k,
+                                     int lane) {
+  constexpr int kMost = kListCapacity / kLanes;
+  if (size <= kListCapacity / 2) {
+    return held_list_threshold<Fmt, kMost / 2>(list, size, low, k, lane);
+  }
+  return held_list_threshold<Fmt, kMost>(list, size, low, k, lane);
 }
 
 // Keys [low, high], both at the border of a class, between which the k-th largest lies; `above`
@@ -687,7 +714,7 @@ TOPK_INLINE Threshold threshold_by_narrowing(Team<kOneWarp>& team, const Chunks&
   Column column(lane_column);
   chunks.for_each_container([&](uint32_t container) {
     if (kBounded) {
-      column.append_if_room(container, first, span, kColumn);
+      if (container - first <= span) column.append_if_room(container, 0, kColumn);
     } else {
       column.append_if_within(container, first, span);
     }
@@ -704,26 +731,54 @@ TOPK_INLINE Threshold threshold_by_narrowing(Team<kOneWarp>& team, const Chunks&
   });
 }
 
-template <class Fmt, int kColumn, bool kBounded, int kGroups, bool kOneWarp, class Chunks>
-TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks, uint32_t k,
-                                     uint32_t* lane_column, uint32_t* list) {
-  uint32_t maxima[kGroups] = {};
+// The maxima of a lane's groups, each of half a slot of every kUnroll-th chunk.
+template <class Fmt, int kGroups, class Chunks>
+TOPK_INLINE void group_maxima(const Chunks& chunks, uint32_t (&maxima)[kGroups]) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) maxima[g] = 0;
   chunks.for_each([&](uint32_t, int unrolled, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
-    uint32_t& largest = maxima[unrolled % kGroups];
-    for_each_container<Fmt>(keys, [&](int, uint32_t container) {
+    for_each_container<Fmt>(keys, [&](int i, uint32_t container) {
+      uint32_t& largest = maxima[2 * unrolled + (2 * i >= Fmt::kElements ? 1 : 0)];
       largest = container > largest ? container : largest;
     });
   });
+}
+
+template <int kGroups, int kMerged>
+TOPK_INLINE void merge_groups(const uint32_t (&maxima)[kGroups], uint32_t (&merged)[kMerged]) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    uint32_t& largest = merged[g / (kGroups / kMerged)];
+    const bool first = g % (kGroups / kMerged) == 0;
+    largest = first || maxima[g] > largest ? maxima[g] : largest;
+  }
+}
+
+// Of `groups` a lane, at most that many may have to reach the floor: more would mean that most of
+// the row passes the filter.
+TOPK_INLINE constexpr uint32_t most_quota(int groups) { return groups * kLanes * 3 / 4; }
+
+// Elements above the floor's class are candidates. All of them fit the list, or none is needed, in
+// all but odd rows: sorted ones, say, whose large elements share few groups.
+template <class Fmt, int kColumn, bool kBounded, int kGroups, int kMerged, bool kOneWarp,
+          class Chunks>
+TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks, uint32_t k,
+                                     uint32_t* lane_column, uint32_t* list) {
+  uint32_t maxima[kGroups], merged[kMerged];
+  group_maxima<Fmt>(chunks, maxima);
+  merge_groups(maxima, merged);
   team.clear_scalars();
   uint32_t low = 0;
   const uint32_t quota = (k + team.warps - 1) / team.warps;
-  if (quota <= kGroups * kLanes * 3 / 4) {  // else most of the row would pass the filter
-    const uint32_t floor = team.min(warp_floor<Fmt, kGroups>(maxima, quota));
+  if (quota <= most_quota(kGroups)) {
+    const uint32_t floor =
+        team.min(quota <= most_quota(kMerged) ? warp_floor<Fmt, kMerged>(merged, quota)
+                                              : warp_floor<Fmt, kGroups>(maxima, quota));
     const uint32_t floor_last = Fmt::class_last(floor);
     Column column(lane_column);
     chunks.for_each_container([&](uint32_t container) {
       if (kBounded) {
-        column.append_if_room(container, floor_last + 1, ~(floor_last + 1), kColumn);
+        column.append_if_room(container, floor_last, kColumn);
       } else {
         column.append_if_above(container, floor_last);
       }
@@ -732,13 +787,14 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
     low = Fmt::key_of(Fmt::class_first(floor));
     if (found <= k) return {Fmt::class_first(floor), floor_last, k - found};
     if (found <= kListCapacity) {
+      const uint32_t above_floor = Fmt::key_of(floor_last) + 1;
       return team.by_first_warp(
-          [&] { return list_threshold<Fmt>(list, found, low, k, team.lane); });
+          [&] { return list_threshold<Fmt>(list, found, above_floor, k, team.lane); });
     }
   }
-  uint32_t largest = maxima[0];
+  uint32_t largest = merged[0];
 #pragma unroll
-  for (int g = 1; g < kGroups; ++g) largest = maxima[g] > largest ? maxima[g] : largest;
+  for (int g = 1; g < kMerged; ++g) largest = merged[g] > largest ? merged[g] : largest;
   return threshold_by_narrowing<Fmt, kColumn, kBounded>(team, chunks, low, largest, k, lane_column,
                                                         list);
 }
@@ -902,7 +958,8 @@ TOPK_INLINE void write_row(const Chunks& chunks, Threshold threshold, Cut cut, i
 template <class Fmt, int kHeld, bool kOneWarp>
 TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, int hidden, int k) {
   constexpr int kColumn = kHeld > 0 ? kHeld * Fmt::kElements : kStreamColumn;
-  constexpr int kGroups = kHeld == 8 && !kOneWarp ? 4 : WarpChunks<Fmt, kHeld>::kUnroll;
+  constexpr int kGroups = 2 * WarpChunks<Fmt, kHeld>::kUnroll;
+  constexpr int kMerged = kHeld > 0 && !kOneWarp ? kGroups / 4 : kGroups / 2;
   constexpr int kBytes = kSlotBytes / Fmt::kElements;
   TOPK_SHARED_WORDS(shared);
   const int lane = threadIdx.x % kLanes, warp_in_block = threadIdx.x / kLanes;
@@ -921,7 +978,7 @@ TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, i
        reinterpret_cast<uint8_t*>(bits) + bits_start, static_cast<uint32_t>(hidden),
        rows_aligned(x, y, hidden, kBytes)},
       warps, warp, lane);
-  const Threshold threshold = find_threshold<Fmt, kColumn, kHeld == 0, kGroups>(
+  const Threshold threshold = find_threshold<Fmt, kColumn, kHeld == 0, kGroups, kMerged>(
       team, chunks, k, columns + warp * (kLanes * kColumn) + lane, list);
   write_row<Fmt>(chunks, threshold, find_cut(team, chunks, threshold), lane);
 }

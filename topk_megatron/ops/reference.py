@@ -12,6 +12,18 @@ from torch import Tensor
 WORD_BITS = 32
 
 
+def num_words(hidden_size: int) -> int:
+    """Words of the bitmask of a row of `hidden_size` coordinates."""
+    return (hidden_size + WORD_BITS - 1) // WORD_BITS
+
+
+def index_dtype(hidden_size: int) -> torch.dtype:
+    """The smallest integer type that holds 0 .. hidden_size - 1 and that collectives can carry."""
+    if hidden_size <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if hidden_size <= 1 << 15 else torch.int32
+
+
 def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
     """Select the k largest of each row.
 
@@ -22,7 +34,7 @@ def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
 
     Returns:
         y: [..., H], x where selected (bitwise) and +0 elsewhere.
-        bits: int32 [..., ceil(H / 32)]; bit j of word w tells whether 32 w + j is selected.
+        bits: int32 [..., ceil(H / 32)]; bit j of word w: coordinate 32 w + j is selected.
     """
     key = x.abs() if mode == "abs" else x
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
@@ -45,3 +57,15 @@ def unpack_bits(bits: Tensor, hidden_size: int) -> Tensor:
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)
     mask = (bits.unsqueeze(-1) >> shifts) & 1
     return mask.reshape(*bits.shape[:-1], bits.shape[-1] * WORD_BITS)[..., :hidden_size].bool()
+
+
+def bits_to_indices_reference(bits: Tensor, hidden_size: int, k: int) -> Tensor:
+    """Positions of the set bits in ascending order, [..., k]; every row must have k of them.
+
+    Without data-dependent shapes, so that it neither synchronises a device nor breaks a graph.
+    """
+    mask = unpack_bits(bits, hidden_size)
+    place = torch.where(mask, mask.cumsum(dim=-1) - 1, k)  # unselected ones go to a spare column
+    positions = torch.arange(hidden_size, dtype=index_dtype(hidden_size), device=bits.device)
+    out = positions.new_empty((*bits.shape[:-1], k + 1))
+    return out.scatter_(-1, place, positions.expand(mask.shape))[..., :k].contiguous()

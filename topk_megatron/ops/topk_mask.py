@@ -1,67 +1,145 @@
 """`topk_mask`: keep the k largest coordinates of every row, with the exact gradient.
 
 The gradient is dy on the selected set S and 0 elsewhere. S is saved as a packed bitmask (H / 8
-bytes a row) because ``y != 0`` would lose the gradient of a kept zero.
+bytes a row) because ``y != 0`` would lose the gradient of a kept zero. A selected row has k values
+and k indices; `pack_sparse` and `unpack_sparse` go between that form and the dense one.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from topk_megatron.ops.errors import TopKArgumentError
-from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
+from topk_megatron.ops.library import OPS
+from topk_megatron.ops.reference import num_words
 
 MODES = ("value", "abs")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HIDDEN_SIZE = 1 << 20
 
-
-class _TopKMask(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
-        y, bits = topk_mask_reference(x, k, mode)
-        ctx.save_for_backward(bits)
-        ctx.mark_non_differentiable(bits)
-        return y, bits
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (bits,) = ctx.saved_tensors
-        dy = grads[0]
-        return torch.where(unpack_bits(bits, dy.shape[-1]), dy, torch.zeros_like(dy)), None, None
+_topk_mask_op = OPS.topk_mask.default
+_gather_row_op = OPS.gather_row.default
+_scatter_row_op = OPS.scatter_row.default
+_bits_to_indices_op = OPS.bits_to_indices.default
 
 
 def topk_mask_with_bits(x: Tensor, k: int, *, mode: str = "value") -> tuple[Tensor, Tensor]:
-    """Like `topk_mask`, and also return S as packed int32 words [..., ceil(H / 32)]."""
+    """Like `topk_mask`, and also return S as packed int32 words [..., ceil(H / 32)].
+
+    Bit j of word w is set when coordinate 32 w + j is selected; with k >= H that is every
+    coordinate of the row. The bits carry no gradient.
+    """
     _check_arguments(x, k, mode)
-    return _TopKMask.apply(x, min(k, x.shape[-1]), mode)  # pyright: ignore[reportReturnType]
+    return _topk_mask_op(x, max(1, min(k, x.shape[-1])), mode)
 
 
 def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
     """Zero all but the k coordinates of the last dimension with the largest key.
 
     Args:
-        x: [..., H], floating.
-        k: coordinates kept in every row; k >= H is the identity.
+        x: [..., H] in float32, bfloat16, float16 or float64 (float64 on CPU only).
+        k: coordinates kept in every row; k >= H is the identity and returns x itself.
         mode: ``value`` compares x (the paper's choice), ``abs`` compares \\|x\\|.
 
     Returns:
         y: [..., H] in x's dtype; exactly min(k, H) coordinates are selected in every row.
 
     Raises:
-        TopKArgumentError: k < 1, a tensor that is not floating, no last dimension, or another mode.
+        TopKArgumentError: k < 1, a dtype that is not listed, no last dimension, an H over
+            `MAX_HIDDEN_SIZE`, or another mode.
     """
     _check_arguments(x, k, mode)
     if k >= x.shape[-1]:
         return x
-    return topk_mask_with_bits(x, k, mode=mode)[0]
+    return _topk_mask_op(x, k, mode)[0]
+
+
+def pack_sparse(y: Tensor, bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Gather the selected coordinates of every row, in ascending index order.
+
+    Args:
+        y: [..., H] floating, the dense tensor (its gradient is dvalues on S, 0 elsewhere).
+        bits: int32 [..., ceil(H / 32)] with exactly k bits set in every row.
+        k: number of selected coordinates, 1 <= k <= H.
+
+    Returns:
+        values: [..., k] in y's dtype.
+        indices: [..., k] in the smallest type that holds H: uint8 up to 256, int16 up to 32,768,
+            int32 above. (torch's uint16 would serve up to 65,536, but few ops and no collective
+            take it.)
+
+    Raises:
+        TopKArgumentError: shapes, dtypes or devices that do not fit together.
+    """
+    if y.dim() == 0 or not 1 <= k <= y.shape[-1]:
+        raise TopKArgumentError(
+            f"pack_sparse needs y of shape [..., H] and 1 <= k <= H, got k = {k} and y of shape"
+            f" {tuple(y.shape)}"
+        )
+    _check_dtype("y", y)
+    _check_bits(y, bits)
+    indices = _bits_to_indices_op(bits, y.shape[-1], k)
+    return _gather_row_op(y, indices), indices
+
+
+def unpack_sparse(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
+    """Inverse of `pack_sparse`: values and indices [..., k] to the dense [..., hidden_size].
+
+    Coordinates that no index names are +0. The gradient of values is dy at the indices.
+
+    Raises:
+        TopKArgumentError: values and indices of different shapes or devices, indices
+            that are not integers, or a hidden_size below k.
+    """
+    if values.shape != indices.shape or values.dim() == 0:
+        raise TopKArgumentError(
+            "unpack_sparse needs values and indices of the same shape [..., k], got"
+            f" {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    _check_dtype("values", values)
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TopKArgumentError(f"indices must be an integer tensor, got {indices.dtype}")
+    if values.device != indices.device:
+        raise TopKArgumentError(
+            f"values and indices must be on one device, got {values.device} and {indices.device}"
+        )
+    if hidden_size < values.shape[-1]:
+        raise TopKArgumentError(
+            f"hidden_size must be at least k = {values.shape[-1]}, got {hidden_size}"
+        )
+    return _scatter_row_op(values, indices, hidden_size)
+
+
+def _check_bits(y: Tensor, bits: Tensor) -> None:
+    expected = (*y.shape[:-1], num_words(y.shape[-1]))
+    if tuple(bits.shape) != expected or bits.dtype != torch.int32:
+        raise TopKArgumentError(
+            f"bits of a tensor of shape {tuple(y.shape)} must be int32 of shape {expected}, got"
+            f" {bits.dtype} of shape {tuple(bits.shape)}; pass the bits that topk_mask_with_bits"
+            " returned"
+        )
+    if bits.device != y.device:
+        raise TopKArgumentError(
+            f"y and bits must be on one device, got {y.device} and {bits.device}"
+        )
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TopKArgumentError(f"{name} must be one of {allowed}, got {x.dtype}; convert it first")
 
 
 def _check_arguments(x: Tensor, k: int, mode: str) -> None:
     if mode not in MODES:
         raise TopKArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not x.is_floating_point():
-        raise TopKArgumentError(f"x must be a floating tensor, got {x.dtype}")
+    _check_dtype("x", x)
+    if x.is_cuda and x.dtype == torch.float64:
+        raise TopKArgumentError("float64 is supported on CPU only; convert x to float32 first")
     if x.dim() == 0:
         raise TopKArgumentError("x must have at least one dimension [..., H], got a scalar")
     if k < 1:
         raise TopKArgumentError(f"k must be at least 1, got {k}")
+    if x.shape[-1] > MAX_HIDDEN_SIZE:
+        raise TopKArgumentError(
+            f"the last dimension H may be at most {MAX_HIDDEN_SIZE}, got {x.shape[-1]}"
+        )

@@ -1,0 +1,229 @@
+"""The operator against torch.topk + scatter, a kthvalue threshold and copies of the same tensor.
+
+    python benchmarks/topk_mask.py                          # all tables, some minutes
+    python benchmarks/topk_mask.py --hidden 2048 --k 128    # some of them
+    python benchmarks/topk_mask.py --device cuda
+
+Repeats are interleaved, so that a busy machine slows all rows of a table alike; numbers are medians
+in nanoseconds a row, and ratios are of medians within one table. On CPU, outputs are allocated
+once: the page faults of fresh memory would otherwise hide the kernel.
+
+Shape suffixes: R rows, H hidden, K selected, W words of the bitmask.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topk_megatron.ops.extension import MISSING
+from topk_megatron.ops.library import OPS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = {"out of cache": 8 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
+CUDA_BYTES = 256 << 20
+ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a table."""
+
+    device: str
+    dtype: torch.dtype
+    hidden_size: int
+    k: int
+    num_bytes: int
+    repeats: int
+
+    @property
+    def shape_RH(self) -> tuple[int, int]:
+        return self.num_bytes // (self.hidden_size * self.dtype.itemsize), self.hidden_size
+
+    @property
+    def streams(self) -> bool:
+        return self.num_bytes > 4 << 20
+
+
+def make_rows(kind: str, setting: Setting) -> Tensor:
+    """Rows [R, H]: random, or with the mass ties that models make."""
+    generator = torch.Generator().manual_seed(0)
+    x_RH = torch.randn(setting.shape_RH, generator=generator)
+    match kind:
+        case "relu":
+            x_RH = x_RH.relu()
+        case "mostly zero":
+            x_RH = (x_RH - 2).relu()
+        case "all equal":
+            x_RH = torch.full_like(x_RH, 1.2345)
+        case "quantised":
+            x_RH = (x_RH * 16).round() / 3.7
+    return x_RH.to(setting.dtype).to(setting.device)
+
+
+def topk_scatter(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
+    """What a model does without the operator."""
+    values_RK, indices_RK = torch.topk(x_RH, k, dim=-1, sorted=False)
+    y_RH.zero_().scatter_(-1, indices_RK, values_RK)
+
+
+def kthvalue_threshold(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
+    """Keeps more than k where values tie."""
+    threshold_R1 = torch.kthvalue(x_RH, x_RH.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    torch.mul(x_RH, x_RH >= threshold_R1, out=y_RH)
+
+
+def timer(device: str) -> Callable[[Callable[[], object], int], float]:
+    """A function that runs work a number of times and returns seconds a run."""
+
+    def on_cpu(work: Callable[[], object], number: int) -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            work()
+        return (time.perf_counter() - start) / number
+
+    def on_cuda(work: Callable[[], object], number: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(number):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / number
+
+    return on_cuda if device == "cuda" else on_cpu
+
+
+def medians(works: dict[str, Callable[[], object]], setting: Setting) -> dict[str, float]:
+    """Nanoseconds a row of each work; one run of each in turn, repeated."""
+    measure = timer(setting.device)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    number = {}
+    for name, work in works.items():
+        work()
+        number[name] = max(1, min(200, int(0.001 / max(measure(work, 1), 1e-7))))
+    for _ in range(setting.repeats):
+        for name, work in works.items():
+            times[name].append(measure(work, number[name]))
+    num_rows = setting.shape_RH[0]
+    return {name: statistics.median(values) / num_rows * 1e9 for name, values in times.items()}
+
+
+def forward_work(x_RH: Tensor, k: int, y_RH: Tensor, bits_RW: Tensor) -> Callable[[], object]:
+    if x_RH.is_cuda or MISSING["cpu"] is not None:
+        return lambda: OPS.topk_mask(x_RH, k, "value")
+    return lambda: torch.ops.topk_megatron_internal.forward_out(x_RH, k, "value", y_RH, bits_RW)
+
+
+def backward_work(dy_RH: Tensor, bits_RW: Tensor, dx_RH: Tensor) -> Callable[[], object]:
+    if dy_RH.is_cuda or MISSING["cpu"] is not None:
+        return lambda: OPS.topk_mask_backward(dy_RH, bits_RW)
+    return lambda: torch.ops.topk_megatron_internal.backward_out(dy_RH, bits_RW, dx_RH)
+
+
+def copy_work(x_RH: Tensor, y_RH: Tensor, *, stream: bool) -> Callable[[], object]:
+    if stream and not x_RH.is_cuda and MISSING["cpu"] is None:
+        return lambda: torch.ops.topk_megatron_internal.stream_copy(x_RH, y_RH)
+    return lambda: y_RH.copy_(x_RH)
+
+
+def compare(setting: Setting) -> list[str]:
+    """Cells of one line: the works in ns a row, then the ratios that targets are set for."""
+    x_RH = make_rows("random", setting)
+    y_RH, k = torch.empty_like(x_RH), setting.k
+    bits_RW = OPS.topk_mask(x_RH, k, "value")[1]
+    works = {
+        "topk + scatter": lambda: topk_scatter(x_RH, k, y_RH),
+        "kthvalue": lambda: kthvalue_threshold(x_RH, k, y_RH),
+        "copy": copy_work(x_RH, y_RH, stream=False),
+        "limit": copy_work(x_RH, y_RH, stream=setting.streams),
+        "forward": forward_work(x_RH, k, y_RH, bits_RW),
+        "backward": backward_work(x_RH, bits_RW, y_RH),
+    }
+    slow = {name: works.pop(name) for name in ("topk + scatter", "kthvalue")}
+    ns = medians(works, setting)
+    few = replace(setting, repeats=5)
+    ns |= medians({**slow, "forward again": works["forward"]}, few)
+    cells = [f"{ns[name]:,.0f}" for name in ("topk + scatter", "kthvalue", "copy", "limit")]
+    cells += [f"{ns['forward']:,.0f}", f"{ns['backward']:,.0f}"]
+    cells.append(f"{ns['topk + scatter'] / ns['forward again']:.1f}")
+    return [*cells, *(f"{ns[name] / ns['limit']:.2f}" for name in ("forward", "backward"))]
+
+
+def compare_ties(setting: Setting) -> list[str]:
+    """Cells of one line: tie-heavy rows relative to random ones."""
+    rows = {kind: make_rows(kind, setting) for kind in ROW_KINDS}
+    y_RH = torch.empty_like(rows["random"])
+    bits_RW = OPS.topk_mask(rows["random"], setting.k, "value")[1]
+    works = {kind: forward_work(x_RH, setting.k, y_RH, bits_RW) for kind, x_RH in rows.items()}
+    ns = medians(works, setting)
+    return [f"{ns[kind] / ns['random']:.2f}" for kind in ROW_KINDS[1:]]
+
+
+def describe_machine(device: str) -> str:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    capability = torch.backends.cpu.get_cpu_capability()
+    kernel = "the reference" if MISSING[device] is not None else "the kernel"
+    return (
+        f"{name}, {torch.get_num_threads()} thread(s), CPU capability {capability}; torch"
+        f" {torch.__version__}, Python {platform.python_version()}; topk_mask is {kernel}"
+    )
+
+
+def print_table(title: str, columns: list[str], lines: list[list[str]]) -> None:
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def run(options: argparse.Namespace) -> None:
+    sizes = SIZES if options.device == "cpu" else {"out of cache": CUDA_BYTES}
+    columns = ["H", "k", "topk + scatter", "kthvalue", "copy", "limit", "forward", "backward"]
+    columns += ["faster than topk", "forward / limit", "backward / limit"]
+    tie_columns = ["H", "k", *(f"{kind} / random" for kind in ROW_KINDS[1:])]
+    print(f"\n## {describe_machine(options.device)}")
+    for name, dtype in DTYPES.items():
+        for place, num_bytes in sizes.items():
+            settings = [
+                Setting(options.device, dtype, hidden_size, k, num_bytes, options.repeats)
+                for hidden_size in options.hidden
+                for k in options.k
+                if k < hidden_size
+            ]
+            heads = [[str(s.hidden_size), str(s.k)] for s in settings]
+            megabytes = f"{num_bytes / (1 << 20):g} MiB"
+            rows = [head + compare(s) for head, s in zip(heads, settings, strict=True)]
+            print_table(f"{name}, {place} ({megabytes}), ns a row", columns, rows)
+            rows = [head + compare_ties(s) for head, s in zip(heads, settings, strict=True)]
+            print_table(f"{name}, {place}: rows with mass ties", tie_columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--k", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=31)
+    options = parser.parse_args()
+    for num_threads in options.threads if options.device == "cpu" else [1]:
+        torch.set_num_threads(num_threads)
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Builds what the CUDA tests execute, once a session."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulated import CSRC, EmulatedKernels, build, find_compiler
+from ptx_runner import PTX_ARCHITECTURES, PtxTools
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
+    """The CUDA source under the project's own emulation."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler (g++, c++, clang++ or $CXX): the CUDA source is not executed")
+    return EmulatedKernels(build(tmp_path_factory.mktemp("emulated") / "libtopk_emulated.so"))
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler."""
+    found = os.environ.get("TOPK_NVCC") or shutil.which("nvcc")
+    if found is None:
+        pytest.skip("no nvcc on PATH: PTX and SASS are not checked")
+    return found
+
+
+@pytest.fixture(scope="session")
+def ptx_tools(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> PtxTools:
+    """What executes the PTX; TOPK_PTXEMU_DIR names the folder of ptxemu.h and ptxemu.cc."""
+    emulator = os.environ.get("TOPK_PTXEMU_DIR")
+    if emulator is None:
+        pytest.skip("TOPK_PTXEMU_DIR (folder of the PTX emulator) is not set: PTX is not executed")
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler: PTX is not executed")
+    folder = tmp_path_factory.mktemp("ptx")
+    driver, sources = folder / "driver", Path(__file__).parent / "ptx" / "driver.cpp"
+    # fmt: off
+    _run([compiler, "-O2", "-std=c++17", "-w", f"-I{emulator}", f"-I{CSRC}", str(sources),
+          f"{emulator}/ptxemu.cc", "-o", str(driver)])
+    # fmt: on
+    ptx = {arch: folder / f"topk_mask_{arch}.ptx" for arch in PTX_ARCHITECTURES}
+    for arch, path in ptx.items():
+        kernel = str(CSRC / "topk_mask_cuda.cu")
+        _run([nvcc, "-O3", "-std=c++17", f"-arch=compute_{arch}", "-ptx", kernel, "-o", str(path)])
+    return PtxTools(driver, ptx)

@@ -1,0 +1,93 @@
+"""Builds the CUDA kernels with a C++ compiler and runs them on CPU, one fiber a CUDA thread."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topk_megatron.ops.reference import WORD_BITS
+
+HERE = Path(__file__).parent
+# The mutant study points this to its own copy.
+CSRC = Path(os.environ.get("TOPK_CSRC", HERE.parents[1] / "topk_megatron" / "ops" / "csrc"))
+LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODE_CODES = {"value": 0, "abs": 1}
+VARIANTS = ("warp2", "warp4", "warp8", "block8", "stream")
+SHARED_LIMIT = 227 * 1024
+
+
+def find_compiler() -> str | None:
+    """A C++17 compiler: $CXX, or the usual names."""
+    return next(
+        (
+            found
+            for name in (os.environ.get("CXX"), "g++", "c++", "clang++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
+
+
+def build(
+    output: Path, *, csrc: Path = CSRC, flags: tuple[str, ...] = (), source: Path = LIBRARY_SOURCE
+) -> Path:
+    """Compile the emulated kernels to `output`, a library or, from another source, a program.
+
+    Raises:
+        FileNotFoundError: there is no C++ compiler.
+        RuntimeError: it failed; the message has its words.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found; install g++ or set CXX")
+    kind = ("-shared", "-fPIC") if source == LIBRARY_SOURCE else ()
+    # fmt: off
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags,
+               *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
+    # fmt: on
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    return output
+
+
+class EmulatedKernels:
+    """The launcher's functions on CPU tensors [R, H]."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulated_forward.argtypes = [
+            *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 4,
+            ctypes.c_int64, ctypes.c_uint64,
+        ]  # fmt: skip
+        self._library.emulated_backward.argtypes = [
+            *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_uint64,
+        ]  # fmt: skip
+
+    def forward(
+        self, x_RH: Tensor, k: int, mode: str, *, seed: int = 0, shared_limit: int = SHARED_LIMIT
+    ) -> tuple[Tensor, Tensor, str]:
+        """Returns y [R, H], bits [R, ceil(H / 32)] and the name of the variant that ran."""
+        rows, hidden = x_RH.shape
+        y_RH = torch.full_like(x_RH, 7.0)
+        bits = torch.full((rows, -(-hidden // WORD_BITS)), 0x55555555, dtype=torch.int32)
+        variant = self._library.emulated_forward(
+            x_RH.data_ptr(), y_RH.data_ptr(), bits.data_ptr(), rows, hidden, k,
+            DTYPE_CODES[x_RH.dtype], MODE_CODES[mode], shared_limit, seed,
+        )  # fmt: skip
+        return y_RH, bits, VARIANTS[variant]
+
+    def backward(self, dy_RH: Tensor, bits: Tensor, *, seed: int = 0) -> Tensor:
+        """dx [R, H]: dy on the selected coordinates."""
+        rows, hidden = dy_RH.shape
+        dx_RH = torch.full_like(dy_RH, 7.0)
+        self._library.emulated_backward(
+            dy_RH.data_ptr(), bits.data_ptr(), dx_RH.data_ptr(), rows, hidden,
+            DTYPE_CODES[dy_RH.dtype], seed,
+        )  # fmt: skip
+        return dx_RH

@@ -1,0 +1,184 @@
+"""What nvcc makes of the kernels, without a GPU: results and counters of the PTX, and the SASS.
+
+Counters are the terms of the roofline, not a time. An H100 issues 132 x 4 x 1.755e9 warp
+instructions and moves 3.35e12 bytes a second: 71 thread instructions for 8 bytes (a float32 read and
+written), 35 for 4. Below that, and with every sector moved once, memory is what limits the kernel.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import CSRC
+from ptx_runner import (
+    PTX_ARCHITECTURES,
+    SECTOR_BYTES,
+    Backward,
+    Counters,
+    Forward,
+    Outcome,
+    PtxTools,
+    run_cases,
+)
+from rows import DTYPES, KINDS, as_bits, make_rows
+
+from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
+
+SASS_ARCHITECTURES = ("80", "90", "100")
+INSTRUCTIONS_PER_ELEMENT = {"bfloat16": 35, "float32": 71}
+COUNTED_K = 128
+COUNTED_HIDDEN = (2048, 4096, 8192)
+TIED_KINDS = ("relu", "few_distinct", "zeros_of_both_signs", "all_equal")
+COUNTED_ROWS = 8
+
+arch_parameter = pytest.mark.parametrize("arch", PTX_ARCHITECTURES)
+
+
+def check_forward(cases: list[Forward], outcomes: list[Outcome]) -> None:
+    for case, outcome in zip(cases, outcomes, strict=True):
+        y_RH, bits = topk_mask_reference(case.x_RH, case.k, case.mode)
+        about = f"{outcome.counters.kernel}, k={case.k}, {tuple(case.x_RH.shape)}"
+        assert torch.equal(as_bits(outcome.out_RH), as_bits(y_RH)), f"y differs: {about}"
+        assert outcome.bits is not None
+        assert torch.equal(outcome.bits, bits), f"bits differ: {about}"
+        assert outcome.counters.warnings == 0, about
+
+
+@arch_parameter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ptx_equals_the_reference(
+    ptx_tools: PtxTools, arch: str, dtype: str, tmp_path: Path
+) -> None:
+    cases = []
+    for hidden in (1, 33, 40, 256, 777, 1024, 2048, 2049, 2304, 4096):
+        for kind in KINDS:
+            x_RH = make_rows(kind, (2 if hidden < 2048 else 1, hidden), DTYPES[dtype], seed=hidden)
+            modes = ("value", "abs") if kind in ("normal", "nans") else ("value",)
+            for k in sorted({1, (hidden + 15) // 16, (hidden + 1) // 2, hidden}):
+                cases += [Forward(x_RH, k, mode) for mode in modes]
+    check_forward(cases, run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path))
+
+
+@arch_parameter
+def test_ptx_of_backward_equals_the_reference(
+    ptx_tools: PtxTools, arch: str, tmp_path: Path
+) -> None:
+    cases = []
+    for dtype in DTYPES.values():
+        for hidden in (1, 33, 1024, 2049, 4096):
+            x_RH = make_rows("few_distinct", (5, hidden), dtype, seed=hidden)
+            bits = topk_mask_reference(x_RH, (hidden + 2) // 3, "value")[1]
+            cases.append(Backward(make_rows("random_bits", (5, hidden), dtype, seed=1), bits))
+    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path)
+    for case, outcome in zip(cases, outcomes, strict=True):
+        kept_RH = unpack_bits(case.bits, case.dy_RH.shape[1])
+        expected_RH = torch.where(kept_RH, as_bits(case.dy_RH), 0)
+        assert torch.equal(as_bits(outcome.out_RH), expected_RH), outcome.counters.kernel
+        assert outcome.counters.warnings == 0
+
+
+@pytest.fixture(scope="module")
+def counted(
+    ptx_tools: PtxTools, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int, str], tuple[Forward, Counters]]:
+    """Counters by (dtype, H, kind) at k = 128, checked results included."""
+    keys, cases = [], []
+    for dtype in INSTRUCTIONS_PER_ELEMENT:
+        for hidden in COUNTED_HIDDEN:
+            for kind in ("normal", *TIED_KINDS):
+                x_RH = make_rows(kind, (COUNTED_ROWS, hidden), DTYPES[dtype], seed=7)
+                keys.append((dtype, hidden, kind))
+                cases.append(Forward(x_RH, COUNTED_K))
+    folder = tmp_path_factory.mktemp("counted")
+    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx["90"], cases, folder)
+    check_forward(cases, outcomes)
+    return {
+        key: (case, outcome.counters)
+        for key, case, outcome in zip(keys, cases, outcomes, strict=True)
+    }
+
+
+counted_parameter = pytest.mark.parametrize(
+    ("dtype", "hidden"), [(d, h) for d in INSTRUCTIONS_PER_ELEMENT for h in COUNTED_HIDDEN]
+)
+
+
+@counted_parameter
+def test_every_sector_is_read_once_and_written_once(counted: dict, dtype: str, hidden: int) -> None:
+    for kind in ("normal", *TIED_KINDS):
+        case, counters = counted[dtype, hidden, kind]
+        row_sectors = case.x_RH.numel() * case.x_RH.element_size() // SECTOR_BYTES
+        bits_sectors = case.x_RH.numel() // 8 // SECTOR_BYTES
+        assert counters.load_sectors == row_sectors, kind
+        assert counters.store_sectors == row_sectors + bits_sectors, kind
+
+
+@counted_parameter
+def test_instructions_stay_below_what_memory_leaves_time_for(
+    counted: dict, dtype: str, hidden: int
+) -> None:
+    for kind in ("normal", *TIED_KINDS):
+        case, counters = counted[dtype, hidden, kind]
+        assert counters.per_element(case.x_RH) <= INSTRUCTIONS_PER_ELEMENT[dtype], kind
+
+
+@counted_parameter
+def test_ties_cost_no_more_than_half_again(counted: dict, dtype: str, hidden: int) -> None:
+    normal = counted[dtype, hidden, "normal"][1]
+    for kind in TIED_KINDS:
+        tied = counted[dtype, hidden, kind][1]
+        assert tied.warp_instructions <= 1.5 * normal.warp_instructions, kind
+
+
+@counted_parameter
+def test_ties_serialise_neither_banks_nor_atomics(counted: dict, dtype: str, hidden: int) -> None:
+    normal = counted[dtype, hidden, "normal"][1]
+    for kind in ("normal", *TIED_KINDS):
+        _, counters = counted[dtype, hidden, kind]
+        assert counters.atomic_serial == counters.atomic_requests, kind
+        assert counters.atomic_requests <= 2 * normal.atomic_requests, kind
+        assert counters.shared_wavefronts <= 1.3 * counters.shared_requests, kind
+
+
+def _compile_cubin(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
+    cubin = folder / f"topk_mask_{arch}.cubin"
+    # fmt: off
+    command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin",
+               str(CSRC / "topk_mask_cuda.cu"), "-o", str(cubin)]
+    # fmt: on
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return cubin, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module", params=SASS_ARCHITECTURES)
+def cubin(
+    request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The machine code of one architecture, and what ptxas said about it."""
+    return _compile_cubin(nvcc, request.param, tmp_path_factory.mktemp("cubin"))
+
+
+def test_no_kernel_spills_registers(cubin: tuple[Path, str]) -> None:
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", cubin[1])
+    assert len(spills) == 3 * 2 * 5 + 2, "a kernel is missing from ptxas's report"
+    assert set(spills) == {("0", "0")}
+
+
+def test_rows_move_by_128_bit_accesses(cubin: tuple[Path, str]) -> None:
+    cuobjdump = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
+    command = [cuobjdump, "-sass", str(cubin[0])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+    for kernel, body in bodies.items():
+        loads, stores = re.findall(r"LDG\.\S+", body), re.findall(r"STG\.\S+", body)
+        assert any(".128" in load for load in loads), kernel
+        assert any(".128" in store for store in stores), kernel
+        if kernel.endswith(("warp2", "warp4", "warp8", "block8")):
+            assert all(".128" in load for load in loads), kernel
+            assert all(".128" in store or ".U8" in store for store in stores), kernel

@@ -1,0 +1,55 @@
+"""The oracle itself, against the contract written out over Python integers."""
+
+import pytest
+import torch
+from cases import DTYPES, KINDS, MODES, as_bits, infinity_bits, make_rows
+
+from topk_megatron.ops.reference import (
+    bits_to_indices_reference,
+    pack_bits,
+    topk_mask_reference,
+    unpack_bits,
+)
+
+
+def contract_key(raw: int, dtype: torch.dtype, mode: str) -> int:
+    """The order of the contract: sign and magnitude, one zero, one NaN above everything."""
+    width = 8 * dtype.itemsize
+    magnitude = raw & ((1 << (width - 1)) - 1)
+    infinity = infinity_bits(dtype)
+    if magnitude > infinity:
+        return infinity + 1
+    return -magnitude if raw < 0 and mode == "value" else magnitude
+
+
+def select_by_contract(row: torch.Tensor, k: int, mode: str) -> set[int]:
+    keys = [contract_key(int(raw), row.dtype, mode) for raw in as_bits(row)]
+    return set(sorted(range(len(keys)), key=lambda i: (-keys[i], i))[:k])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_is_the_contract(kind: str, dtype: torch.dtype, mode: str) -> None:
+    x_RH = make_rows(kind, (3, 77), dtype)
+    for k in (1, 9, 40, 76, 77):
+        y_RH, bits_RW = topk_mask_reference(x_RH, k, mode)
+        mask_RH = unpack_bits(bits_RW, 77)
+        for x_H, mask_H in zip(x_RH, mask_RH, strict=True):
+            assert set(mask_H.nonzero().flatten().tolist()) == select_by_contract(x_H, k, mode)
+        assert torch.equal(as_bits(y_RH), as_bits(x_RH) * mask_RH)
+
+
+@pytest.mark.parametrize("hidden_size", [1, 31, 32, 33, 300])
+def test_bits_survive_packing(hidden_size: int) -> None:
+    mask = torch.rand(4, hidden_size) < 0.5
+    bits = pack_bits(mask)
+    assert bits.dtype == torch.int32
+    assert bits.shape == (4, (hidden_size + 31) // 32)
+    assert torch.equal(unpack_bits(bits, hidden_size), mask)
+
+
+def test_indices_ascend_and_name_the_set_bits() -> None:
+    _, bits = topk_mask_reference(torch.randn(2, 3, 500), 20, "abs")
+    indices = bits_to_indices_reference(bits, 500, 20).long()
+    assert torch.equal(indices, unpack_bits(bits, 500).nonzero()[:, -1].reshape(2, 3, 20))

@@ -1,10 +1,12 @@
 """Checks dataset files before Megatron opens them: present, well formed, enough documents."""
 
+import json
 import struct
 from argparse import Namespace
 from pathlib import Path
 
 from topk_megatron.errors import DataError
+from topk_megatron.text.tokenizer import fingerprint
 
 # Megatron's index begins with: magic, version (u64), dtype code (u8), sequences (u64), documents
 # (u64); see megatron/core/datasets/indexed_dataset.py.
@@ -23,6 +25,7 @@ def check_data_files(args: Namespace) -> None:
     separate = [args.train_data_path, args.valid_data_path, args.test_data_path]
     for prefix in (*shared, *(prefix for paths in separate for prefix in _prefixes(paths))):
         documents = count_documents(prefix)
+        _check_tokenizer(prefix, args.tokenizer_model)
         if prefix in shared:
             _check_split(prefix, documents, args)
 
@@ -42,6 +45,22 @@ def count_documents(prefix: str) -> int:
             f"{prefix}.idx is no Megatron dataset index; make it anew with tools/preprocess_data.py"
         )
     return _HEADER.unpack(header)[3]
+
+
+def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
+    """Compare with the manifest that our preprocessing leaves beside the data, if there is one."""
+    manifest = Path(f"{prefix}.json")
+    if tokenizer_model is None or not manifest.is_file():
+        return
+    try:
+        expected = json.loads(manifest.read_text())["tokenizer_sha256"]
+    except (ValueError, KeyError, TypeError):
+        return  # another tool's file
+    if expected != fingerprint(tokenizer_model):
+        raise DataError(
+            f"{prefix} was tokenized with another tokenizer than {tokenizer_model} (their SHA-256 "
+            f"differ, see {manifest}); give that one, or tokenize the text anew"
+        )
 
 
 def _check_split(prefix: str, documents: int, args: Namespace) -> None:

@@ -1,0 +1,31 @@
+"""With k = hidden size, the TopK model is Megatron's own GPT model bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from topk_megatron.testing.launch import pretrain
+
+pytestmark = [pytest.mark.distributed]
+
+
+def test_k_of_the_hidden_size_has_the_stock_models_losses_and_gradients_bitwise(
+    flags: list[str], tmp_path: Path
+) -> None:
+    settings = ["--topk-k", "64", "--topk-layers", "all"]
+    run = pretrain(
+        1,
+        *flags,
+        *settings,
+        entry=Path(__file__).with_name("compare_with_stock.py"),
+        environment={"TOPK_REPORT": str(tmp_path / "report.json")},
+    )
+    assert run.returncode == 0, run.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["stock_layers"] == ["TransformerLayer"]
+    assert report["topk_layers"] == ["TopKTransformerLayer"]
+    assert len(report["steps"]) == 20
+    assert all(step["loss_equal"] and step["gradients_equal"] for step in report["steps"])
+    # The comparison itself must be able to fail: with k = H - 1 the gradients differ at once.
+    assert not report["one_neuron_fewer"]["gradients_equal"]

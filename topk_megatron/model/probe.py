@@ -1,7 +1,6 @@
 """Cheap statistics of one TopK layer on one rank, gathered in the forward pass.
 
-Every step costs one read of the layer's output (which neurons fired); the energies are summed only
-in the steps that will be logged.
+Every step looks which neurons fired; the norms are taken only in the steps that will be logged.
 """
 
 import torch
@@ -33,16 +32,16 @@ class LayerProbe:
         Recomputation of activations observes a microbatch twice, which changes none of the ratios.
         """
         rows = after.detach().reshape(-1, self.hidden_size)
-        largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=0)
-        fired = largest != 0
+        # Two reads, and still ten times cheaper on a CPU than any() or a norm over this dimension.
+        fired = (rows.amax(dim=0) != 0) | (rows.amin(dim=0) != 0)
         self._fired = fired if self._fired is None else self._fired | fired
         if self.measuring:
             sums = torch.stack(
                 [
                     torch.count_nonzero(rows).double(),
                     torch.full((), rows.numel(), dtype=torch.float64, device=rows.device),
-                    rows.float().square().sum(dtype=torch.float64),
-                    before.detach().float().square().sum(dtype=torch.float64),
+                    _squared_norm(rows),
+                    _squared_norm(before.detach()),
                 ]
             )
             self.sums = sums if self.sums is None else self.sums + sums
@@ -63,3 +62,7 @@ class LayerProbe:
         """Return and clear `sums`; zeros where nothing was measured."""
         sums, self.sums = self.sums, None
         return torch.zeros(4, dtype=torch.float64, device=device) if sums is None else sums
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32).double().square()

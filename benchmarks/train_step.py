@@ -1,0 +1,150 @@
+"""What a TopK costs in a training step, and what its statistics cost.
+
+    python benchmarks/train_step.py [--hidden-size 256 --layers 6 …]
+
+Builds Megatron's GPT model four times with equal weights: dense, TopK, TopK with the statistics of
+every step, and TopK with those of a logged step; runs forward and backward of the same batch in
+turn, and prints medians and ratios of one run. Single process, one thread on CPU.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from topk_megatron.device import prepare_device
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=25)
+    return parser.parse_args()
+
+
+def megatron_flags(args: argparse.Namespace) -> list[str]:
+    """The quickstart's architecture at the sizes asked for."""
+    return [
+        *("--num-layers", args.layers, "--hidden-size", args.hidden_size),
+        *("--num-attention-heads", args.heads, "--seq-length", args.seq_length),
+        *("--max-position-embeddings", args.seq_length, "--position-embedding-type", "rope"),
+        *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0", "--mock-data"),
+        *("--micro-batch-size", args.batch, "--train-iters", "1", "--lr", "1e-3"),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", "4095", "--topk-k", args.k),
+    ]
+
+
+def build(args: Any, runtime: Any) -> Any:
+    """A training-mode GPT model, with TopK layers if there is a runtime."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from topk_megatron.model.spec import bind_topk
+
+    config = gpt_config_from_args(args)
+    if runtime is not None:
+        config = bind_topk(config, runtime)
+    model = config.get_builder_cls()(config).build_model(
+        ProcessGroupCollection.use_mpu_process_groups()
+    )
+    return model.to(torch.cuda.current_device()).train()
+
+
+def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
+    """Model and runtime by name, all with the same weights."""
+    from topk_megatron.model.runtime import TopKRuntime
+
+    runtimes = {
+        "dense": None,
+        "topk, no statistics": TopKRuntime(config, probing=False),
+        "topk": TopKRuntime(config),
+        "topk, logged step": TopKRuntime(config),
+    }
+    built = {name: (build(args, runtime), runtime) for name, runtime in runtimes.items()}
+    for probe in runtimes["topk, logged step"].probes.values():  # pyright: ignore
+        probe.measuring = True
+    weights = built["dense"][0].state_dict()
+    for model, _ in built.values():
+        model.load_state_dict(weights)
+    return built
+
+
+def one_step(model: Any, runtime: Any, batch: tuple[torch.Tensor, ...]) -> None:
+    """Forward and backward of one microbatch, and the bookkeeping of its step."""
+    tokens, positions, mask = batch
+    model.zero_grad(set_to_none=True)
+    model(tokens, positions, mask, labels=tokens).mean().backward()
+    if runtime is not None and runtime.probing:
+        for probe in runtime.probes.values():
+            probe.end_step(tokens.numel())
+
+
+def timed(function: Callable[[], None]) -> float:
+    """Seconds of one call, with the device idle before and after."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure in turn, print the table."""
+    sizes = parse()
+    device = prepare_device()
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    from megatron.training.initialize import initialize_megatron
+
+    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.train.main import parse as parse_megatron
+
+    sys.argv = [sys.argv[0], *map(str, megatron_flags(sizes))]
+    patch_dataset_compiler()
+    args, config = parse_megatron(device)
+    initialize_megatron()
+    built = models(args, config)
+    where = torch.cuda.current_device()
+    tokens = torch.randint(0, 4095, (sizes.batch, sizes.seq_length)).to(where)
+    length = sizes.seq_length
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).triu(1)
+    batch = (tokens, torch.arange(length, device=where).expand_as(tokens), mask)
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for repeat in range(sizes.repeats + 2):
+        for name, (model, runtime) in built.items():
+            seconds = timed(lambda m=model, r=runtime: one_step(m, r, batch))
+            if repeat >= 2:  # the first two warm up
+                times[name].append(seconds)
+    report(sizes, device, times)
+
+
+def report(sizes: argparse.Namespace, device: str, times: dict[str, list[float]]) -> None:
+    """Medians, and medians of the ratios to the dense step beside it."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    print(f"\n# {platform.platform()}, {machine or platform.machine()}, torch {torch.__version__}")
+    print(f"# {vars(sizes)}")
+    print(f"{'step':<24}{'median ms':>12}{'ratio to dense':>16}")
+    for name, values in times.items():
+        ratios = [mine / dense for mine, dense in zip(values, times["dense"], strict=True)]
+        milliseconds = 1e3 * statistics.median(values)
+        print(f"{name:<24}{milliseconds:>12.1f}{statistics.median(ratios):>16.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The flags as a user sees them, and dataset files as they are checked."""
+
+import struct
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import pytest
+
+from topk_megatron.errors import DataError
+from topk_megatron.train.arguments import CPU_DEFAULTS, add_topk_arguments
+from topk_megatron.train.data_files import check_data_files, count_documents, split_weights
+
+
+def test_help_explains_every_flag_of_the_group() -> None:
+    group = add_topk_arguments(ArgumentParser())._action_groups[-1]
+    assert group.title == "topk"
+    assert len(group._group_actions) >= 10
+    assert all(action.help for action in group._group_actions)
+
+
+def test_every_cpu_default_is_an_argument_of_megatron() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    assert known >= set(CPU_DEFAULTS)
+
+
+def dataset(prefix: Path, documents: int) -> str:
+    (prefix.parent / f"{prefix.name}.bin").write_bytes(b"")
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, documents, documents + 1)
+    (prefix.parent / f"{prefix.name}.idx").write_bytes(header)
+    return str(prefix)
+
+
+def arguments(prefix: str, split: str | None, eval_iters: int = 1) -> Namespace:
+    other = dict.fromkeys(["train_data_path", "valid_data_path", "test_data_path"])
+    return Namespace(
+        data_path=["0.5", prefix],
+        split=split,
+        eval_iters=eval_iters,
+        tokenizer_model=None,
+        **other,
+    )
+
+
+def test_our_reading_of_an_index_is_megatrons(dataset: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    assert count_documents(str(dataset)) == len(IndexedDataset(str(dataset)))
+
+
+class TestSplit:
+    def test_each_part_needs_a_document(self, tmp_path: Path) -> None:
+        check_data_files(arguments(dataset(tmp_path / "a", 38), "90,8,2"))
+        with pytest.raises(DataError, match=r"leaves the test part .* \(38 documents\)"):
+            check_data_files(arguments(dataset(tmp_path / "a", 38), None))
+        with pytest.raises(DataError, match="leaves the validation part"):
+            check_data_files(arguments(dataset(tmp_path / "b", 3), "95,5,0"))
+
+    def test_a_part_that_is_never_read_needs_none(self, tmp_path: Path) -> None:
+        check_data_files(arguments(dataset(tmp_path / "a", 3), "95,5,0", eval_iters=0))
+        check_data_files(arguments(dataset(tmp_path / "a", 3), "100,0,0"))
+
+    @pytest.mark.parametrize("text", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0"])
+    def test_weights_that_are_none_are_refused(self, text: str) -> None:
+        with pytest.raises(DataError, match="--split takes"):
+            split_weights(text)
+
+    def test_weights_are_filled_up(self) -> None:
+        assert split_weights("90,10") == [90, 10, 0]
+        assert split_weights("98/1/1") == [98, 1, 1]

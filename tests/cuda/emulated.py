@@ -48,8 +48,8 @@ def build(
         raise FileNotFoundError("no C++ compiler found; install g++ or set CXX")
     kind = ("-shared", "-fPIC") if source == LIBRARY_SOURCE else ()
     # fmt: off
-    command = [compiler, "-std=c++17", OPTIMISATION, "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags,
-               *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
+    command = [compiler, "-std=c++17", OPTIMISATION, "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+               *flags, *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
     # fmt: on
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

@@ -49,7 +49,8 @@ def build(
     kind = ("-shared", "-fPIC") if source == LIBRARY_SOURCE else ()
     # fmt: off
     command = [compiler, "-std=c++17", OPTIMISATION, "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-               *flags, *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
+               *flags, *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source),
+               "-o", str(output)]
     # fmt: on
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

@@ -2,7 +2,7 @@
 
     python tests/cuda/mutants.py [name ...]
 
-Every mutant is a textual change of `topk_mask.cuh`. It is first given to `test_cuda_source.py`; if
+Every mutant is a textual change of a `.cuh` file. It is first given to `test_cuda_source.py`; if
 that passes and TOPK_PTXEMU_DIR is set, to `test_cuda_ptx.py`. Prints a Markdown table; the exit
 status is the number of survivors.
 """
@@ -93,8 +93,8 @@ MUTANTS = (
            "threshold.ties, team.lane"),
     Mutant("other warps' pads count as ties", "chunks_.owns(v) ? count_ties", "true ? count_ties"),
     Mutant("a dropped tie in the cut slot", "(tie && ties > 0)) bits", "(tie && ties > 1)) bits"),
-    Mutant("ties before the cut are dropped", "? threshold.first - 1 : threshold.last, kept",
-           "? threshold.first : threshold.last, kept"),
+    Mutant("ties before the cut are dropped",
+           "cut.slot ? threshold.first - 1 :", "cut.slot ? threshold.first :"),
     Mutant("a bound below key 0 wraps around", "threshold.first == 0 ? 0 : cut.slot", "cut.slot"),
     # write
     Mutant("flipped comparison of 16-bit keys", "(kA & ~kB) | (kA & ~kC) | (~kB & ~kC);",

@@ -1,10 +1,11 @@
-// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, one block after the other.
+// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, block after block.
 //
 // A fiber runs until it reaches a barrier or a warp operation, so everything between two of them is
-// atomic. Which fiber goes next is drawn at random: first a warp, which is then driven, lane by lane
-// in a fresh random order, as far as it gets or for a random number of rounds. A missing barrier or
-// __syncwarp shows as a wrong result under some seed. Misuse stops the process with a message: lanes
-// that meet in different operations, a lane outside its own mask, a barrier that not all reach.
+// atomic. Which fiber goes next is drawn at random: first a warp, which is then driven, lane by
+// lane in a fresh random order, as far as it gets or for a random number of rounds. A missing
+// barrier or __syncwarp shows as a wrong result under some seed. Misuse stops the process with a
+// message: lanes that meet in different operations, a lane outside its own mask, a barrier that not
+// all reach.
 //
 // Emulated: grid and block of one dimension, dynamic shared memory, and the operations below. Not
 // emulated: memory ordering, inline assembly (the kernel has portable twins), time.
@@ -229,7 +230,7 @@ class Block {
   }
 
   void release_barrier(unsigned threads) {
-    if (barrier_arrived_ != threads) fail("deadlock: not all threads reach a barrier or warp operation");
+    if (barrier_arrived_ != threads) fail("deadlock: threads wait for different things");
     barrier_arrived_ = 0;
     for (unsigned i = 0; i < threads; ++i) fibers_[i]->wait = Wait::kNothing;
   }

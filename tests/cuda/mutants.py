@@ -94,7 +94,9 @@ MUTANTS = (
     Mutant("column overflow is not reported", "if (lost) of_warp = kLost;", ""),
     # ties
     Mutant("cut one lane late", "up_to_here >= wanted", "up_to_here > wanted"),
-    Mutant("cut one chunk late", "if (passed < ties) {", "if (passed <= ties) {"),
+    Mutant("cut one chunk late", "if (passed < ties) {", "if (passed <= ties) {",
+           "the later chunk's first slot becomes the cut, with no tie of its own taken"),
+    Mutant("cut one chunk early", "if (passed < ties) {", "if (passed + of_chunk < ties) {"),
     Mutant("warps before this one are not counted", "threshold.ties - before, team.lane",
            "threshold.ties, team.lane"),
     Mutant("other warps' pads count as ties", "chunks_.owns(v) ? count_ties", "true ? count_ties"),

@@ -14,6 +14,7 @@ from topk_megatron.ops.reference import WORD_BITS
 HERE = Path(__file__).parent
 # The mutant study points this to its own copy.
 CSRC = Path(os.environ.get("TOPK_CSRC", HERE.parents[1] / "topk_megatron" / "ops" / "csrc"))
+OPTIMISATION = os.environ.get("TOPK_EMULATION_OPTIMISATION", "-O1")
 LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE_CODES = {"value": 0, "abs": 1}
@@ -47,8 +48,9 @@ def build(
         raise FileNotFoundError("no C++ compiler found; install g++ or set CXX")
     kind = ("-shared", "-fPIC") if source == LIBRARY_SOURCE else ()
     # fmt: off
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags,
-               *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source), "-o", str(output)]
+    command = [compiler, "-std=c++17", OPTIMISATION, "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+               *flags, *kind, f"-I{LIBRARY_SOURCE.parent}", f"-I{csrc}", str(source),
+               "-o", str(output)]
     # fmt: on
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

@@ -1,8 +1,9 @@
 """What nvcc makes of the kernels, without a GPU: results and counters of the PTX, and the SASS.
 
 Counters are the terms of the roofline, not a time. An H100 issues 132 x 4 x 1.755e9 warp
-instructions and moves 3.35e12 bytes a second: 71 thread instructions for 8 bytes (a float32 read and
-written), 35 for 4. Below that, and with every sector moved once, memory is what limits the kernel.
+instructions and moves 3.35e12 bytes a second: in the time of 8 bytes (a float32 read and written)
+71 thread instructions, in that of 4 bytes 35. Below that, and with every sector moved once, memory
+is what limits the kernel.
 """
 
 import os

@@ -1,10 +1,11 @@
-// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, one block after the other.
+// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, block after block.
 //
 // A fiber runs until it reaches a barrier or a warp operation, so everything between two of them is
-// atomic. Which fiber goes next is drawn at random: first a warp, which is then driven, lane by lane
-// in a fresh random order, as far as it gets or for a random number of rounds. A missing barrier or
-// __syncwarp shows as a wrong result under some seed. Misuse stops the process with a message: lanes
-// that meet in different operations, a lane outside its own mask, a barrier that not all reach.
+// atomic. Which fiber goes next is drawn at random: first a warp, which is then driven, lane by
+// lane in a fresh random order, as far as it gets or for a random number of rounds. A missing
+// barrier or __syncwarp shows as a wrong result under some seed. Misuse stops the process with a
+// message: lanes that meet in different operations, a lane outside its own mask, a barrier that not
+// all reach.
 //
 // Emulated: grid and block of one dimension, dynamic shared memory, and the operations below. Not
 // emulated: memory ordering, inline assembly (the kernel has portable twins), time.
@@ -126,7 +127,7 @@ class Block {
     // Exactly the bytes asked for, so that a sanitizer sees an access behind them.
     for (block_index.x = 0; block_index.x < blocks; ++block_index.x) {
       shared_.reset(new uint32_t[shared_bytes / sizeof(uint32_t)]);
-      memset(shared_.get(), 0xcd, shared_bytes);
+      litter(shared_bytes / sizeof(uint32_t));
       run(threads);
     }
   }
@@ -167,6 +168,12 @@ class Block {
     block.body_();
     block.running_->wait = Wait::kDone;
     block.running_->yield();
+  }
+
+  // Shared memory starts with what earlier blocks left: anything, or counters that look right.
+  void litter(size_t words) {
+    const uint32_t below = draw(2) ? 64 : 0xffffffffu;
+    for (size_t i = 0; i < words; ++i) shared_[i] = draw(below);
   }
 
   uint32_t draw(uint32_t below) {
@@ -223,7 +230,7 @@ class Block {
   }
 
   void release_barrier(unsigned threads) {
-    if (barrier_arrived_ != threads) fail("deadlock: not all threads reach a barrier or warp operation");
+    if (barrier_arrived_ != threads) fail("deadlock: threads wait for different things");
     barrier_arrived_ = 0;
     for (unsigned i = 0; i < threads; ++i) fibers_[i]->wait = Wait::kNothing;
   }

@@ -3,9 +3,10 @@
 //   driver <ptx file> <shared limit> < cases
 //
 // A case is a line "direction dtype mode rows hidden k input output": direction is forward or
-// backward, input a file with x (backward: dy, then the bits), output gets y and the bits (backward:
-// dx). One JSON object with the counters is printed per case. The emulator ends the process at an
-// access out of bounds or a deadlock, and counts lesser offences (shared races) as warnings.
+// backward, input a file with x (backward: dy, then the bits), output gets y and the bits
+// (backward: dx). One JSON object with the counters is printed per case. The emulator ends the
+// process at an access out of bounds or a deadlock, and counts lesser offences (shared races) as
+// warnings.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,536 +1,36 @@
 // Top-k plus mask over rows: y = x on the k coordinates with the largest key, +0 elsewhere, and the
-// selection as packed bits. One pass over memory: a row is read once into registers and written once.
+// selection as packed bits. One pass over memory: a row is read once into registers, written once.
 //
-// A row goes through these steps; all but the last two touch registers and a few hundred words only.
+// A row goes through these steps; all but the last two touch registers and a few hundred words.
 //   1. keys      x becomes an unsigned key in the operator's order (class Format).
-//   2. floor     every lane reduces its slots to a few group maxima; the quota-th largest maximum of
-//                a warp is, over all warps, a key that at least k elements reach. No sampling luck is
-//                involved: it holds for every row, and is tight (1.3 k elements) for unordered ones.
-//   3. filter    elements above the floor's class are appended to a column of shared memory per lane
-//                (bank = lane, so without conflicts whatever the data), then packed into one list.
-//   4. threshold c of them were found. c <= k: the floor is the threshold. c fits the list: one
-//                warp bisects the list. Otherwise, the exact fallback: all warps bisect the registers.
+//   2. floor     every lane reduces its slots to a few group maxima; a warp finds a key that its
+//                share of k of them reach, and the smallest of the warps' is one that at least k
+//                elements reach. That holds for every row; in rows without order it is tight.
+//   3. filter    elements above the floor's class are appended to a column of shared memory per
+//                lane (bank = lane: no conflicts whatever the data), then packed into one list.
+//   4. threshold at most k were found: it is the floor. They fit the list: one warp bisects it.
+//                Otherwise, the exact fallback: all warps bisect their registers until what is left
+//                fits the list.
 //   5. ties      equal keys at the threshold are taken in index order up to a cut slot, found by
 //                counting them per chunk. The cost does not depend on how many there are.
-//   6. write     bits by one comparison an element, y by widening the bits to byte masks.
+//   6. write     one comparison an element gives the bits, and y by a mask.
 //
-// Legend. lane: thread of a warp. slot: 16 bytes of a row, what a lane loads at once (8 elements of 16
-// bits or 4 of 32). chunk: the 32 neighbouring slots of a warp, one a lane. A warp owns consecutive
-// chunks, lane l holds slot l of each, so that (warp, chunk, lane, element) is index order. team: the
-// warps of one row. container: a key in the top bits of a 32-bit word, whatever the bits under it.
+// Legend. lane: thread of a warp. slot: 16 bytes of a row, what a lane loads at once (8 elements of
+// 16 bits or 4 of 32). chunk: the 32 neighbouring slots of a warp, one a lane. A warp owns
+// consecutive chunks, lane l holds slot l of each, so that (warp, chunk, lane, element) is index
+// order. team: the warps of one row. container: a key in the top bits of a 32-bit word, whatever
+// the bits under it. class: a range of keys that count as one value (all NaNs; -0 and +0).
 #pragma once
 
-#include <stdint.h>
-
-#include "topk_mask_plan.h"
-
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#define TOPK_SHARED_WORDS(name) extern __shared__ __align__(16) uint32_t name[]
-#else  // the tests' emulation header was included before this one
-#define TOPK_SHARED_WORDS(name) uint32_t* name = cuda_emulation::shared_words()
-#endif
+#include "topk_mask_row.cuh"
 
 namespace topk_mask {
 
-constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr uint32_t kAllTies = 0xffffffffu;
 constexpr int kEverySlot = 0x7fffffff;
 constexpr int kNoSlot = -1;
 
-// ---- Instructions that the compiler does not find by itself ------------------------------------
-// Each has a portable twin with the same meaning, which the tests' g++ build executes.
-
-#define TOPK_INLINE __device__ __forceinline__
-
-// Every byte becomes 0xff or 0x00 after the top bit of the byte that the selector's nibble names.
-TOPK_INLINE uint32_t spread_signs(uint32_t word, uint32_t selector) {
-#if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(word), "r"(selector | 0x8888u));
-  return out;
-#else
-  uint32_t out = 0;
-  for (int byte = 0; byte < 4; ++byte) {
-    const uint32_t source = (selector >> (4 * byte)) & 3u;
-    if (word >> (8 * source + 7) & 1u) out |= 0xffu << (8 * byte);
-  }
-  return out;
-#endif
-}
-
-TOPK_INLINE void count_if_at_least(uint32_t& count, uint32_t container, uint32_t bound) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .pred p; setp.ge.u32 p, %1, %2; @p add.u32 %0, %0, 1;}"
-      : "+r"(count)
-      : "r"(container), "r"(bound));
-#else
-  if (container >= bound) ++count;
-#endif
-}
-
-TOPK_INLINE void count_if_at_most(uint32_t& count, uint32_t value, uint32_t bound) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .pred p; setp.le.u32 p, %1, %2; @p add.u32 %0, %0, 1;}"
-      : "+r"(count)
-      : "r"(value), "r"(bound));
-#else
-  if (value <= bound) ++count;
-#endif
-}
-
-TOPK_INLINE void lower_to_if_at_least(uint32_t& smallest, uint32_t container, uint32_t bound) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .pred p; setp.ge.u32 p, %1, %2; @p min.u32 %0, %0, %1;}"
-      : "+r"(smallest)
-      : "r"(container), "r"(bound));
-#else
-  if (container >= bound && container < smallest) smallest = container;
-#endif
-}
-
-// word & mask, computed where it is written: the compiler must not keep the result for later.
-TOPK_INLINE uint32_t and_again(uint32_t word, uint32_t mask) {
-#if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm volatile("and.b32 %0, %1, %2;" : "=r"(out) : "r"(word), "r"(mask));
-  return out;
-#else
-  return word & mask;
-#endif
-}
-
-// bits |= bit and kept = raw where container > bound, else kept = 0.
-TOPK_INLINE void keep_if_above(uint32_t& bits, uint32_t bit, uint32_t& kept, uint32_t raw,
-                               uint32_t container, uint32_t bound) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .pred p; setp.gt.u32 p, %2, %3; @p or.b32 %0, %0, %4; selp.b32 %1, %5, 0, p;}"
-      : "+r"(bits), "=r"(kept)
-      : "r"(container), "r"(bound), "r"(bit), "r"(raw));
-#else
-  kept = container > bound ? raw : 0;
-  if (container > bound) bits |= bit;
-#endif
-}
-
-// Any bitwise function of three words, by its truth table: kA, kB, kC are those of the operands.
-constexpr int kA = 0xf0, kB = 0xcc, kC = 0xaa;
-template <int kTable>
-TOPK_INLINE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
-#if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "r"(b), "r"(c), "n"(kTable & 0xff));
-  return out;
-#else
-  uint32_t out = 0;
-  for (int row = 0; row < 8; ++row)
-    if (kTable >> row & 1) out |= (row & 4 ? a : ~a) & (row & 2 ? b : ~b) & (row & 1 ? c : ~c);
-  return out;
-#endif
-}
-
-// A lane's column in shared memory: entry i lies at word 32 i + lane.
-class Column {
- public:
-  TOPK_INLINE explicit Column(uint32_t* first) : first_(first) {
-#if defined(__CUDA_ARCH__)
-    cursor_ = start_ = static_cast<uint32_t>(__cvta_generic_to_shared(first));
-#endif
-  }
-
-  TOPK_INLINE void append_if_above(uint32_t container, uint32_t bound) {
-#if defined(__CUDA_ARCH__)
-    asm volatile(
-        "{.reg .pred p; setp.gt.u32 p, %1, %2; @p st.shared.u32 [%0], %1; @p add.u32 %0, %0, 128;}"
-        : "+r"(cursor_)
-        : "r"(container), "r"(bound)
-        : "memory");
-#else
-    if (container > bound) first_[kLanes * size_++] = container;
-#endif
-  }
-
-  TOPK_INLINE void append_if_within(uint32_t container, uint32_t first, uint32_t span) {
-#if defined(__CUDA_ARCH__)
-    asm volatile(
-        "{.reg .pred p; setp.le.u32 p, %2, %3; @p st.shared.u32 [%0], %1; @p add.u32 %0, %0, 128;}"
-        : "+r"(cursor_)
-        : "r"(container), "r"(container - first), "r"(span)
-        : "memory");
-#else
-    if (container - first <= span) first_[kLanes * size_++] = container;
-#endif
-  }
-
-  // Counts like append_if_above, but keeps only the first `capacity` entries.
-  TOPK_INLINE void append_if_room(uint32_t container, uint32_t bound, uint32_t capacity) {
-    if (container <= bound) return;
-    if (size() < capacity) first_[kLanes * size()] = container;
-    cursor_ += 4 * kLanes;
-    ++size_;
-  }
-
-  TOPK_INLINE uint32_t size() const {
-#if defined(__CUDA_ARCH__)
-    return (cursor_ - start_) / (4 * kLanes);
-#else
-    return size_;
-#endif
-  }
-
-  TOPK_INLINE uint32_t entry(uint32_t i) const { return first_[kLanes * i]; }
-
- private:
-  uint32_t* first_;
-  uint32_t cursor_ = 0, start_ = 0;
-  uint32_t size_ = 0;
-};
-
-// ---- Keys ----------------------------------------------------------------------------------------
-
-// How values compare. A key is the sign-magnitude value made monotonic, then rotated so that -inf is
-// 0 in mode value: negative NaNs wrap around to the top, next to the positive ones. Every bit pattern
-// keeps its own key; that all NaNs are equal, and -0 == +0, is said by classes: ranges of keys that
-// count as one value (class_first, class_last).
-template <int kDtype, bool kAbs>
-struct Format {
-  static constexpr bool kWide = kDtype == 0;
-  static constexpr bool kCheapKeys = kAbs;  // one instruction a word: not worth its register
-  static constexpr int kElements = kWide ? 4 : 8;      // of a slot
-  static constexpr int kShift = kWide ? 0 : 16;        // from key to container
-  static constexpr uint32_t kBelow = kWide ? 0 : 0xffffu;  // bits of a container under its key
-  static constexpr uint32_t kTops = 0x80008000u;           // of the two halves of a word
-  static constexpr uint32_t kSign = kWide ? 0x80000000u : 0x8000u;
-  static constexpr uint32_t kInfinity = kWide ? 0x7f800000u : kDtype == 1 ? 0x7f80u : 0x7c00u;
-  static constexpr uint32_t kRotation = kAbs ? 0 : kSign - 1 - kInfinity;  // of -inf, unrotated
-  static constexpr uint32_t kFirstNan = (kAbs ? 0 : kSign) + kInfinity - kRotation + 1;
-  static constexpr uint32_t kZero = (kAbs ? 0 : kSign) - kRotation;
-  static constexpr uint32_t kMinusZero = kAbs ? kZero : kZero - 1;
-  // Fills up slots past the row's end: key 0, so that it loses every tie by its index.
-  static constexpr uint32_t kPadElement = kAbs ? 0 : kSign | kInfinity;
-  static constexpr uint32_t kPad = kWide ? kPadElement : kPadElement * 0x10001u;
-
-  // A word of one or two elements to as many keys, in place.
-  TOPK_INLINE static uint32_t keys(uint32_t word) {
-    if (kAbs) return and_again(word, kWide ? 0x7fffffffu : 0x7fff7fffu);
-    if (kWide) {
-      const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
-      return logic3<kA ^ (kB | kC)>(word, negative, kSign) - kRotation;
-    }
-    // Both halves at once. A top bit lent to each half keeps its borrow from the other one.
-    const uint32_t negative = spread_signs(word, 0x3311u);
-    const uint32_t lent = logic3<(kA ^ kB) | kC>(word, negative, kTops) - kRotation * 0x10001u;
-    return logic3<kA ^ (kB & kC)>(lent, word, kTops);
-  }
-
-  TOPK_INLINE static uint32_t key_of(uint32_t container) { return container >> kShift; }
-  TOPK_INLINE static uint32_t container_of(uint32_t key) { return key << kShift; }
-
-  TOPK_INLINE static uint32_t class_first(uint32_t key) {  // as a container
-    return container_of(key >= kFirstNan ? kFirstNan : key == kZero ? kMinusZero : key);
-  }
-  TOPK_INLINE static uint32_t class_last(uint32_t key) {  // as a container, its lower bits set
-    return key >= kFirstNan ? 0xffffffffu
-                            : container_of(key == kMinusZero ? kZero : key) | kBelow;
-  }
-};
-
-// f(element of the slot, container) for the elements of a slot's four key words.
-template <class Fmt, class F>
-TOPK_INLINE void for_each_container(const uint32_t (&keys)[4], F f) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (Fmt::kWide) {
-      f(i, keys[i]);
-    } else {
-      f(2 * i, keys[i] << 16);
-      f(2 * i + 1, keys[i]);
-    }
-  }
-}
-
-template <class Fmt>
-TOPK_INLINE void to_keys(const uint32_t (&raw)[4], uint32_t (&keys)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) keys[i] = Fmt::keys(raw[i]);
-}
-
-// y = raw where the slot's bit is set.
-template <class Fmt>
-TOPK_INLINE void keep_selected(const uint32_t (&raw)[4], uint32_t bits, uint32_t (&kept)[4]) {
-  // The product puts bit i of a nibble on top of byte i.
-  const uint32_t low = (bits & 0xfu) * 0x10204080u;
-  if (Fmt::kWide) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) kept[i] = raw[i] & spread_signs(low, 0x1111u * i);
-  } else {
-    const uint32_t high = (bits >> 4) * 0x10204080u;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      kept[i] = raw[i] & spread_signs(i < 2 ? low : high, i % 2 ? 0x3322u : 0x1100u);
-  }
-}
-
-// ---- Warp and team ---------------------------------------------------------------------------------
-
-TOPK_INLINE uint32_t inclusive_scan(uint32_t value, int lane) {
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const uint32_t left = __shfl_up_sync(kFullWarp, value, step);
-    if (lane >= step) value += left;
-  }
-  return value;
-}
-
-// Selected: containers above `last`, and of those in [first, last] the lowest `ties` by index.
-struct Threshold {
-  uint32_t first, last, ties;
-};
-
-// Words of a row in shared memory: sizes of its two lists, and the threshold.
-enum Scalar { kFirstList, kSecondList, kThreshold };
-
-// The warps of one row and what they share. Every method is called by all of them together.
-template <bool kOneWarp>
-class Team {
- public:
-  TOPK_INLINE Team(int warps, int warp, int lane, uint32_t* control)
-      : warps(warps), warp(warp), lane(lane), control_(control) {}
-
-  TOPK_INLINE void sync() const {
-    if (kOneWarp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-
-  TOPK_INLINE uint32_t sum(uint32_t of_warp) {
-    return kOneWarp ? of_warp : __reduce_add_sync(kFullWarp, exchange(of_warp, 0));
-  }
-  TOPK_INLINE uint32_t min(uint32_t of_warp) {
-    return kOneWarp ? of_warp : __reduce_min_sync(kFullWarp, exchange(of_warp, 0xffffffffu));
-  }
-  TOPK_INLINE uint32_t max(uint32_t of_warp) {
-    return kOneWarp ? of_warp : __reduce_max_sync(kFullWarp, exchange(of_warp, 0));
-  }
-  TOPK_INLINE uint32_t sum_of_warps_before(uint32_t of_warp) {
-    if (kOneWarp) return 0;
-    const uint32_t value = exchange(of_warp, 0);
-    return __reduce_add_sync(kFullWarp, lane < warp ? value : 0);
-  }
-
-  TOPK_INLINE uint32_t& scalar(Scalar i) const { return control_[i]; }
-
-  // Sets the list sizes to zero; seen by all after the next barrier.
-  TOPK_INLINE void clear_scalars() const {
-    if (!kOneWarp && warp == 0 && lane == 0) control_[kFirstList] = control_[kSecondList] = 0;
-  }
-
-  // What the first warp finds, given to all.
-  template <class Find>
-  TOPK_INLINE Threshold by_first_warp(Find find) const {
-    if (kOneWarp) return find();
-    if (warp == 0) {
-      const Threshold found = find();
-      if (lane == 0) {
-        control_[kThreshold] = found.first;
-        control_[kThreshold + 1] = found.last;
-        control_[kThreshold + 2] = found.ties;
-      }
-    }
-    sync();
-    return {control_[kThreshold], control_[kThreshold + 1], control_[kThreshold + 2]};
-  }
-
-  const int warps, warp, lane;
-
- private:
-  // Lane i gets the value of warp i, or `neutral` past the last warp. Two buffers take turns, so
-  // that one barrier is enough: who writes one again has seen all leave the reads before last.
-  TOPK_INLINE uint32_t exchange(uint32_t of_warp, uint32_t neutral) {
-    uint32_t* buffer = control_ + 32 + turn_ * kLanes;
-    turn_ ^= 1;
-    if (lane == 0) buffer[warp] = of_warp;
-    __syncthreads();
-    return lane < warps ? buffer[lane] : neutral;
-  }
-
-  uint32_t* control_;
-  int turn_ = 0;
-};
-
-// ---- The row as a warp sees it -------------------------------------------------------------------
-
-struct Row {
-  const uint8_t* x;
-  uint8_t* y;
-  uint8_t* bits;
-  uint32_t hidden;
-  bool aligned;  // rows start on 16 bytes
-};
-
-// Elements of a slot one by one, for rows that do not start on 16 bytes or end within a slot.
-template <class Fmt>
-TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
-#pragma unroll
-  for (int i = 0; i < Fmt::kElements; ++i) {
-    if (static_cast<uint32_t>(i) >= count) continue;
-    if (Fmt::kWide) {
-      raw[i % 4] = reinterpret_cast<const uint32_t*>(slot)[i];
-    } else {
-      const uint32_t element = reinterpret_cast<const uint16_t*>(slot)[i];
-      const int shift = i % 2 * 16;
-      raw[i / 2] = (raw[i / 2] & ~(0xffffu << shift)) | element << shift;
-    }
-  }
-}
-
-template <class Fmt>
-TOPK_INLINE void store_elements(uint8_t* slot, uint32_t count, const uint32_t (&kept)[4]) {
-#pragma unroll
-  for (int i = 0; i < Fmt::kElements; ++i) {
-    if (static_cast<uint32_t>(i) >= count) continue;
-    if (Fmt::kWide) {
-      reinterpret_cast<uint32_t*>(slot)[i] = kept[i % 4];
-    } else {
-      reinterpret_cast<uint16_t*>(slot)[i] = static_cast<uint16_t>(kept[i / 2] >> (i % 2 * 16));
-    }
-  }
-}
-
-TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
-  const uint4 vector = *reinterpret_cast<const uint4*>(slot);
-  raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
-}
-
-// The chunks of one warp. kHeld > 0: at most that many, in registers. kHeld == 0: any number, read
-// again by every pass over them (from L2, after the first one).
-template <class Fmt, int kHeld>
-class WarpChunks {
- public:
-  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
-  static constexpr bool kKeysHeld = kHeld > 0 && !Fmt::kCheapKeys;
-  static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
-  static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
-
-  TOPK_INLINE WarpChunks(const Row& row, int warps, int warp, int lane) : row_(row), lane_(lane) {
-    const uint32_t slots = (row.hidden + Fmt::kElements - 1) / Fmt::kElements;
-    const uint32_t chunks = (slots + kLanes - 1) / kLanes;
-    count_ = (chunks + warps - 1) / warps;
-    const uint32_t first = warp * count_, first_slot = first * kLanes + lane;
-    limit_ = limit(slots, first * kLanes, count_ * kLanes) - lane;
-    row_.x += first_slot * static_cast<size_t>(kSlotBytes);
-    row_.y += first_slot * static_cast<size_t>(kSlotBytes);
-    row_.hidden -= first_slot * Fmt::kElements;  // may wrap; then the limit is not positive
-    // Nibbles of two chunks make 32 bytes: even lanes write those of the first one.
-    const int byte = Fmt::kWide ? lane / 2 + lane % 2 * 16 : lane;
-    row_.bits += first * kBitsBytes + byte;
-    const uint32_t bits_bytes = (row.hidden + 31) / 32 * 4;
-    bits_limit_ = limit(bits_bytes, first * kBitsBytes, count_ * kBitsBytes) - byte;
-    load_held();
-  }
-
-  // Whether chunk v is this warp's; one that is not holds pads.
-  TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
-
-  // f(chunk, chunk modulo kUnroll as a constant, raw words and key words of this lane's slot)
-  template <class F>
-  TOPK_INLINE void for_each(F f) const {
-    if (kHeld > 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (kKeysHeld) {
-          f(v, v, raw_[v], keys_[kKeysHeld ? v : 0]);
-        } else {
-          uint32_t keys[4];
-          to_keys<Fmt>(raw_[v], keys);
-          f(v, v, raw_[v], keys);
-        }
-      }
-    } else {
-      for (uint32_t v = 0; v < count_; v += kUnroll) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          uint32_t raw[4], keys[4];
-          load(v + u, raw);
-          to_keys<Fmt>(raw, keys);
-          f(v + u, u, raw, keys);
-        }
-      }
-    }
-  }
-
-  // f(container) for all elements, pads included
-  template <class F>
-  TOPK_INLINE void for_each_container(F f) const {
-    for_each([&](uint32_t, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
-      topk_mask::for_each_container<Fmt>(keys, [&](int, uint32_t container) { f(container); });
-    });
-  }
-
-  TOPK_INLINE uint32_t count_at_least(uint32_t bound) const {
-    uint32_t count = 0;
-    for_each_container([&](uint32_t container) { count_if_at_least(count, container, bound); });
-    return __reduce_add_sync(kFullWarp, count);
-  }
-
-  TOPK_INLINE void store(uint32_t v, const uint32_t (&kept)[4]) const {
-    if (static_cast<int>(v * kLanes) >= limit_) return;
-    uint8_t* slot = row_.y + v * kChunkBytes;
-    if (kHeld > 0 || row_.aligned) {
-      *reinterpret_cast<uint4*>(slot) = make_uint4(kept[0], kept[1], kept[2], kept[3]);
-    } else {
-      store_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, kept);
-    }
-  }
-
-  // One byte a lane: the bits of chunk v or, of four elements a slot, of chunks v and v + 1.
-  TOPK_INLINE void store_bits(uint32_t v, uint32_t byte) const {
-    if (static_cast<int>(v * kBitsBytes) < bits_limit_)
-      row_.bits[v * kBitsBytes] = static_cast<uint8_t>(byte);
-  }
-
- private:
-  // How many of `own` items from `first` on lie before `end`.
-  TOPK_INLINE static int limit(uint32_t end, uint32_t first, uint32_t own) {
-    const int left = static_cast<int>(end) - static_cast<int>(first);
-    return left < static_cast<int>(own) ? left : static_cast<int>(own);
-  }
-
-  TOPK_INLINE void load_held() {
-    if (kHeld == 0) return;
-    if (limit_ > (kHeld - 1) * kLanes) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) load_vector(row_.x + v * kChunkBytes, raw_[v]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
-    }
-#pragma unroll
-    for (int v = 0; v < kHeld; ++v)
-      if (kKeysHeld) to_keys<Fmt>(raw_[v], keys_[kKeysHeld ? v : 0]);
-  }
-
-  TOPK_INLINE void load(uint32_t v, uint32_t (&raw)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) raw[i] = Fmt::kPad;
-    if (static_cast<int>(v * kLanes) >= limit_) return;
-    const uint8_t* slot = row_.x + v * kChunkBytes;
-    if (kHeld > 0 || row_.aligned) {
-      load_vector(slot, raw);
-    } else {
-      load_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, raw);
-    }
-  }
-
-  Row row_;  // its pointers moved to this lane's first slot, hidden counts from there
-  int lane_, limit_, bits_limit_;
-  uint32_t count_;
-  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kKeysHeld ? kHeld : 1][4];
-};
-
-// ---- Threshold -------------------------------------------------------------------------------------
+// ---- Threshold --------------------------------------------------------------------------------
 
 // The k-th largest key by bisection, from a count of elements at or above a container.
 // Needs: at least k elements have keys >= low, none has a key above high. tighten(low, high) may
@@ -666,7 +166,7 @@ TOPK_INLINE Window narrow(Team<kOneWarp>& team, const Chunks& chunks, uint32_t l
   return {low, high, above, reached - above};
 }
 
-// ---- Candidates --------------------------------------------------------------------------------------
+// ---- Candidates -------------------------------------------------------------------------------
 
 constexpr uint32_t kTooMany = 0xffffffffu;
 constexpr uint32_t kLost = 1u << 24;  // stands for the size of a column that overflowed
@@ -799,7 +299,7 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
                                                         list);
 }
 
-// ---- Ties ------------------------------------------------------------------------------------------
+// ---- Ties -------------------------------------------------------------------------------------
 
 // Which of a warp's ties are selected. Slots are local: chunk of the warp * 32 + lane.
 struct Cut {
@@ -885,7 +385,7 @@ TOPK_INLINE Cut find_cut(Team<kOneWarp>& team, const WarpChunks<Fmt, kHeld>& chu
   return locate_cut(counts, threshold.ties - before, team.lane);
 }
 
-// ---- Write ---------------------------------------------------------------------------------------
+// ---- Write ------------------------------------------------------------------------------------
 
 // kept = raw where the container lies above the bound, else 0. Returns the slot's bits, with
 // anything above them.
@@ -937,7 +437,8 @@ TOPK_INLINE void write_row(const Chunks& chunks, Threshold threshold, Cut cut, i
       bits = special_bits<Fmt>(keys, threshold, slot < cut.slot ? Fmt::kElements : cut.ties);
       keep_selected<Fmt>(raw, bits, kept);
     } else {
-      bits = keep_above<Fmt>(raw, keys, slot < cut.slot ? threshold.first - 1 : threshold.last, kept);
+      const uint32_t bound = slot < cut.slot ? threshold.first - 1 : threshold.last;
+      bits = keep_above<Fmt>(raw, keys, bound, kept);
     }
     chunks.store(v, kept);
     if (!Fmt::kWide) {
@@ -953,7 +454,7 @@ TOPK_INLINE void write_row(const Chunks& chunks, Threshold threshold, Cut cut, i
   });
 }
 
-// ---- One row --------------------------------------------------------------------------------------
+// ---- One row ----------------------------------------------------------------------------------
 
 template <class Fmt, int kHeld, bool kOneWarp>
 TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, int hidden, int k) {
@@ -966,7 +467,8 @@ TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, i
   const int warps = kOneWarp ? 1 : blockDim.x / kLanes;
   const int warp = kOneWarp ? 0 : warp_in_block;
   const int row_in_block = kOneWarp ? warp_in_block : 0;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kOneWarp ? kRowsPerBlock : 1) + row_in_block;
+  constexpr int kRows = kOneWarp ? kRowsPerBlock : 1;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + row_in_block;
   if (row >= rows) return;  // whole warps, and of a team all or none
 
   uint32_t* columns = shared + row_in_block * shared_words(warps, kColumn);
@@ -983,7 +485,7 @@ TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, i
   write_row<Fmt>(chunks, threshold, find_cut(team, chunks, threshold), lane);
 }
 
-// ---- Backward ------------------------------------------------------------------------------------
+// ---- Backward ---------------------------------------------------------------------------------
 
 // dx = dy on the selected coordinates. `warps_per_row` warps walk along a row, 32 slots at a time.
 template <class Fmt>
@@ -1017,7 +519,7 @@ TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_
   }
 }
 
-// ---- Kernels ---------------------------------------------------------------------------------------
+// ---- Kernels ----------------------------------------------------------------------------------
 // C names, so that profilers and the PTX tests can tell them apart.
 
 // X(name, dtype, abs, slots in registers or 0, one warp a row, most threads, blocks a processor has
@@ -1039,21 +541,21 @@ TOPK_INLINE void backward(const void* dy, const uint32_t* bits, void* dx, int64_
   TOPK_VARIANTS(X, float16, 2, value, false)       \
   TOPK_VARIANTS(X, float16, 2, abs, true)
 
-#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads, blocks)                           \
-  extern "C" __global__ void __launch_bounds__(threads, blocks)                                          \
-      name(const void* __restrict__ x, void* __restrict__ y, uint32_t* __restrict__ bits,        \
-           int64_t rows, int hidden, int k) {                                                    \
-    forward<Format<dtype, abs>, held, one_warp>(x, y, bits, rows, hidden, k);                    \
+#define TOPK_DEFINE_FORWARD(name, dtype, abs, held, one_warp, threads, blocks)                    \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)                                   \
+      name(const void* __restrict__ x, void* __restrict__ y, uint32_t* __restrict__ bits,         \
+           int64_t rows, int hidden, int k) {                                                     \
+    forward<Format<dtype, abs>, held, one_warp>(x, y, bits, rows, hidden, k);                     \
   }
 TOPK_FORWARD_KERNELS(TOPK_DEFINE_FORWARD)
 #undef TOPK_DEFINE_FORWARD
 
 // Backward moves bits and no keys: one kernel for each width.
-#define TOPK_DEFINE_BACKWARD(name, dtype)                                                        \
-  extern "C" __global__ void __launch_bounds__(256)                                              \
+#define TOPK_DEFINE_BACKWARD(name, dtype)                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                               \
       name(const void* __restrict__ dy, const uint32_t* __restrict__ bits, void* __restrict__ dx, \
-           int64_t rows, int hidden, int warps_per_row) {                                        \
-    backward<Format<dtype, true>>(dy, bits, dx, rows, hidden, warps_per_row);                    \
+           int64_t rows, int hidden, int warps_per_row) {                                         \
+    backward<Format<dtype, true>>(dy, bits, dx, rows, hidden, warps_per_row);                     \
   }
 TOPK_DEFINE_BACKWARD(topk_mask_backward_32bit, 0)
 TOPK_DEFINE_BACKWARD(topk_mask_backward_16bit, 1)

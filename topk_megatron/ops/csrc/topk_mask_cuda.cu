@@ -50,15 +50,15 @@ int topk_mask_cuda_forward(const void* x, void* y, uint32_t* bits, int64_t rows,
   return cudaGetLastError();
 }
 
-int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int64_t rows, int hidden,
-                            int dtype, void* stream) {
+int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int64_t rows,
+                            int hidden, int dtype, void* stream) {
   if (dtype < 0 || dtype > 2 || hidden < 1) return cudaErrorInvalidValue;
   if (rows <= 0) return rows == 0 ? cudaSuccess : cudaErrorInvalidValue;
   const topk_mask::Plan plan = topk_mask::plan_backward(rows, hidden, dtype);
   if (!launchable(plan)) return cudaErrorInvalidConfiguration;
   const auto kernel =
       dtype == 0 ? topk_mask::topk_mask_backward_32bit : topk_mask::topk_mask_backward_16bit;
-  kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      dy, bits, dx, rows, hidden, plan.warps_per_row);
+  kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0,
+           static_cast<cudaStream_t>(stream)>>>(dy, bits, dx, rows, hidden, plan.warps_per_row);
   return cudaGetLastError();
 }

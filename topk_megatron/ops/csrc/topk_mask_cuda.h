@@ -12,5 +12,5 @@ int topk_mask_cuda_forward(const void* x, void* y, uint32_t* bits, int64_t rows,
                            int dtype, int mode, void* stream);
 
 // dx = dy where the bit is set, +0 elsewhere.
-int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int64_t rows, int hidden,
-                            int dtype, void* stream);
+int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int64_t rows,
+                            int hidden, int dtype, void* stream);

@@ -1,0 +1,270 @@
+// Who works on a row and what of it they hold: the team of warps, and a warp's chunks.
+// Legend: topk_mask.cuh.
+#pragma once
+
+#include "topk_mask_keys.cuh"
+
+namespace topk_mask {
+
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+// ---- Warp and team ----------------------------------------------------------------------------
+
+TOPK_INLINE uint32_t inclusive_scan(uint32_t value, int lane) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const uint32_t left = __shfl_up_sync(kFullWarp, value, step);
+    if (lane >= step) value += left;
+  }
+  return value;
+}
+
+// Selected: containers above `last`, and of those in [first, last] the lowest `ties` by index.
+struct Threshold {
+  uint32_t first, last, ties;
+};
+
+// Words of a row in shared memory: sizes of its two lists, and the threshold.
+enum Scalar { kFirstList, kSecondList, kThreshold };
+
+// The warps of one row and what they share. Every method is called by all of them together.
+template <bool kOneWarp>
+class Team {
+ public:
+  TOPK_INLINE Team(int warps, int warp, int lane, uint32_t* control)
+      : warps(warps), warp(warp), lane(lane), control_(control) {}
+
+  TOPK_INLINE void sync() const {
+    if (kOneWarp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  TOPK_INLINE uint32_t sum(uint32_t of_warp) {
+    return kOneWarp ? of_warp : __reduce_add_sync(kFullWarp, exchange(of_warp, 0));
+  }
+  TOPK_INLINE uint32_t min(uint32_t of_warp) {
+    return kOneWarp ? of_warp : __reduce_min_sync(kFullWarp, exchange(of_warp, 0xffffffffu));
+  }
+  TOPK_INLINE uint32_t max(uint32_t of_warp) {
+    return kOneWarp ? of_warp : __reduce_max_sync(kFullWarp, exchange(of_warp, 0));
+  }
+  TOPK_INLINE uint32_t sum_of_warps_before(uint32_t of_warp) {
+    if (kOneWarp) return 0;
+    const uint32_t value = exchange(of_warp, 0);
+    return __reduce_add_sync(kFullWarp, lane < warp ? value : 0);
+  }
+
+  TOPK_INLINE uint32_t& scalar(Scalar i) const { return control_[i]; }
+
+  // Sets the list sizes to zero; seen by all after the next barrier.
+  TOPK_INLINE void clear_scalars() const {
+    if (!kOneWarp && warp == 0 && lane == 0) control_[kFirstList] = control_[kSecondList] = 0;
+  }
+
+  // What the first warp finds, given to all.
+  template <class Find>
+  TOPK_INLINE Threshold by_first_warp(Find find) const {
+    if (kOneWarp) return find();
+    if (warp == 0) {
+      const Threshold found = find();
+      if (lane == 0) {
+        control_[kThreshold] = found.first;
+        control_[kThreshold + 1] = found.last;
+        control_[kThreshold + 2] = found.ties;
+      }
+    }
+    sync();
+    return {control_[kThreshold], control_[kThreshold + 1], control_[kThreshold + 2]};
+  }
+
+  const int warps, warp, lane;
+
+ private:
+  // Lane i gets the value of warp i, or `neutral` past the last warp. Two buffers take turns, so
+  // that one barrier is enough: who writes one again has seen all leave the reads before last.
+  TOPK_INLINE uint32_t exchange(uint32_t of_warp, uint32_t neutral) {
+    uint32_t* buffer = control_ + 32 + turn_ * kLanes;
+    turn_ ^= 1;
+    if (lane == 0) buffer[warp] = of_warp;
+    __syncthreads();
+    return lane < warps ? buffer[lane] : neutral;
+  }
+
+  uint32_t* control_;
+  int turn_ = 0;
+};
+
+// ---- The row as a warp sees it ----------------------------------------------------------------
+
+struct Row {
+  const uint8_t* x;
+  uint8_t* y;
+  uint8_t* bits;
+  uint32_t hidden;
+  bool aligned;  // rows start on 16 bytes
+};
+
+// Elements of a slot one by one, for rows that do not start on 16 bytes or end within a slot.
+template <class Fmt>
+TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
+#pragma unroll
+  for (int i = 0; i < Fmt::kElements; ++i) {
+    if (static_cast<uint32_t>(i) >= count) continue;
+    if (Fmt::kWide) {
+      raw[i % 4] = reinterpret_cast<const uint32_t*>(slot)[i];
+    } else {
+      const uint32_t element = reinterpret_cast<const uint16_t*>(slot)[i];
+      const int shift = i % 2 * 16;
+      raw[i / 2] = (raw[i / 2] & ~(0xffffu << shift)) | element << shift;
+    }
+  }
+}
+
+template <class Fmt>
+TOPK_INLINE void store_elements(uint8_t* slot, uint32_t count, const uint32_t (&kept)[4]) {
+#pragma unroll
+  for (int i = 0; i < Fmt::kElements; ++i) {
+    if (static_cast<uint32_t>(i) >= count) continue;
+    if (Fmt::kWide) {
+      reinterpret_cast<uint32_t*>(slot)[i] = kept[i % 4];
+    } else {
+      reinterpret_cast<uint16_t*>(slot)[i] = static_cast<uint16_t>(kept[i / 2] >> (i % 2 * 16));
+    }
+  }
+}
+
+TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
+  const uint4 vector = *reinterpret_cast<const uint4*>(slot);
+  raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
+}
+
+// The chunks of one warp. kHeld > 0: at most that many, in registers. kHeld == 0: any number, read
+// again by every pass over them (from L2, after the first one).
+template <class Fmt, int kHeld>
+class WarpChunks {
+ public:
+  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
+  static constexpr bool kKeysHeld = kHeld > 0 && !Fmt::kCheapKeys;
+  static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
+  static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
+
+  TOPK_INLINE WarpChunks(const Row& row, int warps, int warp, int lane) : row_(row), lane_(lane) {
+    const uint32_t slots = (row.hidden + Fmt::kElements - 1) / Fmt::kElements;
+    const uint32_t chunks = (slots + kLanes - 1) / kLanes;
+    count_ = (chunks + warps - 1) / warps;
+    const uint32_t first = warp * count_, first_slot = first * kLanes + lane;
+    limit_ = limit(slots, first * kLanes, count_ * kLanes) - lane;
+    row_.x += first_slot * static_cast<size_t>(kSlotBytes);
+    row_.y += first_slot * static_cast<size_t>(kSlotBytes);
+    row_.hidden -= first_slot * Fmt::kElements;  // may wrap; then the limit is not positive
+    // Nibbles of two chunks make 32 bytes: even lanes write those of the first one.
+    const int byte = Fmt::kWide ? lane / 2 + lane % 2 * 16 : lane;
+    row_.bits += first * kBitsBytes + byte;
+    const uint32_t bits_bytes = (row.hidden + 31) / 32 * 4;
+    bits_limit_ = limit(bits_bytes, first * kBitsBytes, count_ * kBitsBytes) - byte;
+    load_held();
+  }
+
+  // Whether chunk v is this warp's; one that is not holds pads.
+  TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
+
+  // f(chunk, chunk modulo kUnroll as a constant, raw words and key words of this lane's slot)
+  template <class F>
+  TOPK_INLINE void for_each(F f) const {
+    if (kHeld > 0) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) {
+        if (kKeysHeld) {
+          f(v, v, raw_[v], keys_[kKeysHeld ? v : 0]);
+        } else {
+          uint32_t keys[4];
+          to_keys<Fmt>(raw_[v], keys);
+          f(v, v, raw_[v], keys);
+        }
+      }
+    } else {
+      for (uint32_t v = 0; v < count_; v += kUnroll) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          uint32_t raw[4], keys[4];
+          load(v + u, raw);
+          to_keys<Fmt>(raw, keys);
+          f(v + u, u, raw, keys);
+        }
+      }
+    }
+  }
+
+  // f(container) for all elements, pads included
+  template <class F>
+  TOPK_INLINE void for_each_container(F f) const {
+    for_each([&](uint32_t, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
+      topk_mask::for_each_container<Fmt>(keys, [&](int, uint32_t container) { f(container); });
+    });
+  }
+
+  TOPK_INLINE uint32_t count_at_least(uint32_t bound) const {
+    uint32_t count = 0;
+    for_each_container([&](uint32_t container) { count_if_at_least(count, container, bound); });
+    return __reduce_add_sync(kFullWarp, count);
+  }
+
+  TOPK_INLINE void store(uint32_t v, const uint32_t (&kept)[4]) const {
+    if (static_cast<int>(v * kLanes) >= limit_) return;
+    uint8_t* slot = row_.y + v * kChunkBytes;
+    if (kHeld > 0 || row_.aligned) {
+      *reinterpret_cast<uint4*>(slot) = make_uint4(kept[0], kept[1], kept[2], kept[3]);
+    } else {
+      store_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, kept);
+    }
+  }
+
+  // One byte a lane: the bits of chunk v or, of four elements a slot, of chunks v and v + 1.
+  TOPK_INLINE void store_bits(uint32_t v, uint32_t byte) const {
+    if (static_cast<int>(v * kBitsBytes) < bits_limit_)
+      row_.bits[v * kBitsBytes] = static_cast<uint8_t>(byte);
+  }
+
+ private:
+  // How many of `own` items from `first` on lie before `end`.
+  TOPK_INLINE static int limit(uint32_t end, uint32_t first, uint32_t own) {
+    const int left = static_cast<int>(end) - static_cast<int>(first);
+    return left < static_cast<int>(own) ? left : static_cast<int>(own);
+  }
+
+  TOPK_INLINE void load_held() {
+    if (kHeld == 0) return;
+    if (limit_ > (kHeld - 1) * kLanes) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load_vector(row_.x + v * kChunkBytes, raw_[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v)
+      if (kKeysHeld) to_keys<Fmt>(raw_[v], keys_[kKeysHeld ? v : 0]);
+  }
+
+  TOPK_INLINE void load(uint32_t v, uint32_t (&raw)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw[i] = Fmt::kPad;
+    if (static_cast<int>(v * kLanes) >= limit_) return;
+    const uint8_t* slot = row_.x + v * kChunkBytes;
+    if (kHeld > 0 || row_.aligned) {
+      load_vector(slot, raw);
+    } else {
+      load_elements<Fmt>(slot, row_.hidden - v * kLanes * Fmt::kElements, raw);
+    }
+  }
+
+  Row row_;  // its pointers moved to this lane's first slot, hidden counts from there
+  int lane_, limit_, bits_limit_;
+  uint32_t count_;
+  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kKeysHeld ? kHeld : 1][4];
+};
+
+}  // namespace topk_mask

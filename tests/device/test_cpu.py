@@ -42,7 +42,8 @@ def test_cuda_factories_and_moves_land_on_the_cpu() -> None:
             torch.zeros(2, device="cuda"), torch.tensor([1.0], device="cuda:0"),
             torch.empty(2, device=torch.device("cuda")), torch.arange(3, device=0),
             torch.ones(2).cuda(), torch.ones(2).to("cuda"), torch.ones(2).to(device="cuda"),
-            torch.empty_like(torch.ones(2), device="cuda"), torch.ones(1).new_zeros(2, device="cuda"),
+            torch.empty_like(torch.ones(2), device="cuda"),
+            torch.ones(1).new_zeros(2, device="cuda"),
             torch.empty(2, pin_memory=True), torch.ones(2).pin_memory(),
         ):
             assert made.device.type == "cpu", made.device
@@ -78,7 +79,7 @@ def test_torch_itself_still_sees_no_accelerator() -> None:
         loader = torch.utils.data.DataLoader(range(4), batch_size=2, pin_memory=True)
         state = torch.get_rng_state()
         assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
-        assert torch.equal(torch.get_rng_state(), state), "the loader drew from the model's generator"
+        assert torch.equal(torch.get_rng_state(), state), "the loader drew from it"
         """
     )
 

@@ -115,7 +115,8 @@ def test_every_norm_of_a_sequence_parallel_model_marks_its_parameters() -> None:
     config.transformer.sequence_parallel = True
     spec = topk_layer_spec(runtime("0"), get_gpt_layer_local_spec(qk_layernorm=True), config)
     assert spec.layer_norm is SequenceParallelNorm  # pyright: ignore
-    for layer in spec.layer_specs:  # pyright: ignore
+    layers: list[Any] = spec.layer_specs  # pyright: ignore
+    for layer in layers:
         assert layer.submodules.input_layernorm is SequenceParallelNorm
         assert layer.submodules.pre_mlp_layernorm is SequenceParallelNorm
         assert layer.submodules.self_attention.submodules.q_layernorm is SequenceParallelNorm

@@ -1,4 +1,4 @@
-"""Where the statistics of TopK layers go: console, TensorBoard (see test_layouts), Weights & Biases."""
+"""Where the statistics of TopK layers go: console, Weights & Biases (test_layouts: TensorBoard)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, and which settings are compared; on empty stand-ins for checkpoints."""
+"""Which checkpoint is taken, and which settings are compared; on stand-ins for checkpoints."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -28,9 +28,9 @@ MODEL = (
     "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
 )
 TRAINING = (
-    "--micro-batch-size 4 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 --lr-decay-style cosine "
     "--lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 "
-    "--split 90,10,0 --eval-iters 40 --log-interval 10 --num-workers 0 "
+    "--split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
     "--pipeline-model-parallel-size 2"
 )
 VARIANTS = {
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "quickstart")
-    parser.add_argument("--steps", type=int, default=240, help="training steps of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of 2,048 tokens")
     parser.add_argument("--sample-tokens", type=int, default=80, help="tokens of each sample")
     return parser.parse_args()
 
@@ -120,7 +120,7 @@ def train(
         *("--train-iters", str(args.steps), "--eval-interval", str(args.steps + 1)),
         *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
-        *("--save", str(directory), "--load", str(directory), "--save-interval", "120"),
+        *("--save", str(directory), "--load", str(directory), "--save-interval", "200"),
         *("--tensorboard-dir", str(directory / "tensorboard"), "--tensorboard-log-interval", "1"),
         "--log-timers-to-tensorboard",
     ]

@@ -6,6 +6,7 @@ instructions and moves 3.35e12 bytes a second: in the time of 8 bytes (a float32
 is what limits the kernel.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -169,8 +170,18 @@ def test_no_kernel_spills_registers(cubin: tuple[Path, str]) -> None:
     assert set(spills) == {("0", "0")}
 
 
+def find_cuobjdump() -> str | None:
+    """TOPK_CUOBJDUMP, the one on PATH, or the one that triton (a dependency of torch) ships."""
+    found = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(shipped) if shipped.exists() else None
+    return found
+
+
 def test_rows_move_by_128_bit_accesses(cubin: tuple[Path, str]) -> None:
-    cuobjdump = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
+    cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
     command = [cuobjdump, "-sass", str(cubin[0])]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from topk_megatron.ops import extension
 from topk_megatron.testing import observed_pretrain
 from topk_megatron.testing.launch import Run, pretrain
 
@@ -71,6 +72,18 @@ def test_recomputation_changes_nothing_bitwise(
 ) -> None:
     run, _ = train(1, flags, initial, RECOMPUTE[name], tmp_path)
     assert run.losses() == single_rank.losses()
+
+
+def test_fused_operator_trains_as_its_definition_does_bitwise(
+    flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
+) -> None:
+    assert extension.MISSING["cpu"] is None, "the CPU kernel was not built"
+    load = ["--load", str(initial), "--finetune"]
+    entry = Path(__file__).with_name("reference_pretrain.py")
+    run = pretrain(1, *flags, *TOPK, *load, entry=entry, tensorboard=tmp_path)
+    assert run.returncode == 0, run.output
+    assert run.losses() == single_rank.losses()
+    assert run.scalars("grad-norm") == single_rank.scalars("grad-norm")
 
 
 def test_layer_statistics_are_those_of_one_rank_under_tensor_and_pipeline_parallelism(

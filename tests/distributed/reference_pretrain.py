@@ -1,0 +1,42 @@
+"""Pretraining with the operator's definition in place of its kernel.
+
+An entry for `topk_megatron.testing.launch.pretrain`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_megatron.device import prepare_device
+from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
+
+
+class ReferenceTopK(torch.autograd.Function):
+    """The definition, forward and backward, with nothing of the kernel in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, mode: str) -> Tensor:
+        y, bits = topk_mask_reference(x, k, mode)
+        ctx.save_for_backward(bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (bits,) = ctx.saved_tensors
+        (dy,) = grads
+        return torch.where(unpack_bits(bits, dy.shape[-1]), dy, 0.0), None, None
+
+
+def main() -> None:
+    """Train as always, but for the operator."""
+    device = prepare_device()
+    from topk_megatron.model import runtime
+    from topk_megatron.train.main import run
+
+    runtime.topk_mask = lambda x, k, mode: ReferenceTopK.apply(x, k, mode)  # pyright: ignore
+    run(device)
+
+
+if __name__ == "__main__":
+    main()

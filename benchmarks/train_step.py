@@ -8,7 +8,6 @@ turn, and prints medians and ratios of one run. Single process, one thread on CP
 """
 
 import argparse
-import os
 import platform
 import statistics
 import sys
@@ -107,15 +106,16 @@ def main() -> None:
     """Measure in turn, print the table."""
     sizes = parse()
     device = prepare_device()
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     if device == "cpu":
         torch.set_num_threads(1)
     from megatron.training.initialize import initialize_megatron
 
     from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.train.main import be_one_process
     from topk_megatron.train.main import parse as parse_megatron
 
     sys.argv = [sys.argv[0], *map(str, megatron_flags(sizes))]
+    be_one_process()
     patch_dataset_compiler()
     args, config = parse_megatron(device)
     initialize_megatron()

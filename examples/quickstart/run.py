@@ -28,9 +28,9 @@ MODEL = (
     "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
 )
 TRAINING = (
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 --lr-decay-style cosine "
-    "--lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 "
-    "--split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
+    "--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 "
+    "--clip-grad 1.0 --split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
     "--pipeline-model-parallel-size 2"
 )
 VARIANTS = {

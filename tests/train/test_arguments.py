@@ -1,12 +1,15 @@
 """The flags as a user sees them, and dataset files as they are checked."""
 
 import struct
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 
 from topk_megatron.errors import DataError
+from topk_megatron.testing.launch import REPOSITORY
 from topk_megatron.train.arguments import CPU_DEFAULTS, add_topk_arguments
 from topk_megatron.train.data_files import check_data_files, count_documents, split_weights
 
@@ -16,6 +19,14 @@ def test_help_explains_every_flag_of_the_group() -> None:
     assert group.title == "topk"
     assert len(group._group_actions) >= 10
     assert all(action.help for action in group._group_actions)
+
+
+def test_help_of_the_whole_command_can_be_printed() -> None:
+    script = str(REPOSITORY / "pretrain_topk_gpt.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--topk-anneal-start-k K" in done.stdout
+    assert "--tensor-model-parallel-size" in done.stdout
 
 
 def test_every_cpu_default_is_an_argument_of_megatron() -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,13 @@ def patch_checkpoint_save() -> None:
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     module.save = save
+
+
+def mend_help(parser: ArgumentParser) -> None:
+    """Escape percent signs that Megatron left bare in help texts; they make ``--help`` crash."""
+    formatter: Any = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
+from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.train.data_files import check_data_files
 
@@ -101,6 +102,7 @@ def arguments_provider(device: str) -> Any:
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         add_topk_arguments(parser)
+        mend_help(parser)
         # Megatron 0.19 divides by this flag and has no default for it.
         parser.set_defaults(eval_interval=1000)
         if device == "cpu":

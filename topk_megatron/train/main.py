@@ -1,5 +1,6 @@
 """The steps of a pretraining run: parse, check, build, hand over to Megatron."""
 
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -44,6 +45,13 @@ def _reason(error: AssertionError) -> str:
     return last.line or f"an assertion at {last.filename}:{last.lineno}"
 
 
+def be_one_process() -> None:
+    """Let a script that was started without torchrun be a job of one rank."""
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="localhost", MASTER_PORT="0")
+
+
 def announce(args: Namespace, config: TopKConfig, device: str) -> None:
     """Say once what is about to be trained, and on what."""
     from topk_megatron.train.arguments import describe_cpu
@@ -86,6 +94,7 @@ def run(device: str) -> None:
     from topk_megatron.train.resume import prepare_resume
     from topk_megatron.train.step import ForwardStep
 
+    be_one_process()
     patch_dataset_compiler()
     patch_checkpoint_save()
     args, config = parse(device)

@@ -1,6 +1,5 @@
 """Text from a Megatron checkpoint of any layout, in one process."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,9 @@ def _load(checkpoint: Path, device: str, iteration: int | None) -> tuple[Any, An
     from topk_megatron.device.megatron_patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import bind_topk
-    from topk_megatron.train.main import parse
+    from topk_megatron.train.main import be_one_process, parse
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0")
+    be_one_process()
     step = [] if iteration is None else ["--ckpt-step", str(iteration)]
     sys.argv = [
         sys.argv[0],

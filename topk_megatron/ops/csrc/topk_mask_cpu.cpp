@@ -48,6 +48,19 @@ struct Ops {
     return compress(p, ge(p, t), out);
   }
 
+  struct Window {
+    Threshold low, high;
+  };
+
+  static Window window(Key low, Key high) { return {threshold(low), threshold(high)}; }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch&) {
+    const uint32_t reached = ge(p, w.low);
+    num_from += __builtin_popcount(reached);
+    return compress(p, reached & ~ge(p, w.high), out);
+  }
+
   template <bool Stream>
   static void mask_store(const Raw* x, Raw* y, uint32_t mask) {
     for (int i = 0; i < kBlock; ++i) y[i] = (mask >> i) & 1 ? x[i] : Raw{0};

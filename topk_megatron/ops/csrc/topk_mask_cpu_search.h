@@ -74,7 +74,7 @@ struct Forecast {
   bool ready() const { return deviation >= 0 && rest == 0; }
 
   Bracket<Key> bracket() const {
-    constexpr double kReach = 4;  // of mean absolute deviations: 3.2 sigma
+    constexpr double kReach = 3.4;  // mean absolute deviations: 2.7 sigma
     const double least = static_cast<double>(F::template min_key<Abs>());
     const double most = static_cast<double>(F::kInf);
     Bracket<Key> at{};

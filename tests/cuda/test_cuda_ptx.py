@@ -1,8 +1,9 @@
 """What nvcc makes of the kernels, without a GPU: results and counters of the PTX, and the SASS.
 
 Counters are the terms of the roofline, not a time. An H100 issues 132 x 4 x 1.755e9 warp
-instructions and moves 3.35e12 bytes a second: 71 thread instructions for 8 bytes (a float32 read and
-written), 35 for 4. Below that, and with every sector moved once, memory is what limits the kernel.
+instructions and moves 3.35e12 bytes a second: 71 thread instructions for 8 bytes (a float32 read
+and written), 35 for 4. Below that, and with every sector moved once, memory is what limits the
+kernel.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC
+from emulated import CSRC, DTYPES
 from ptx_runner import (
     PTX_ARCHITECTURES,
     SECTOR_BYTES,
@@ -24,8 +25,8 @@ from ptx_runner import (
     PtxTools,
     run_cases,
 )
-from rows import DTYPES, KINDS, as_bits, make_rows
 
+from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 SASS_ARCHITECTURES = ("80", "90", "100")

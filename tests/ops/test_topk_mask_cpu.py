@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.rows import (
     DTYPES,
     KINDS,
     MODES,
@@ -12,10 +16,6 @@ from cases import (
     interesting_ks,
     make_rows,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 SIZES = (1, 2, 31, 32, 33, 64, 127, 500, 512, 1000, 1024, 2048, 3001, 4096)
@@ -69,8 +69,10 @@ def test_hostile_rows_match_the_reference(isa: str) -> None:
     check()
 
 
-def rows_unlike_each_other(seed: int, num_rows: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """Runs of like rows [R, H], of random kinds, scales and lengths, and single rows between them."""
+def rows_unlike_each_other(
+    seed: int, num_rows: int, hidden_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows [R, H] in runs of random length, each run of another kind and scale."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
     while sum(len(part) for part in parts) < num_rows:

@@ -28,6 +28,7 @@ KINDS = (
     "random_bits",
     "ascending",
     "one_large_piece",
+    "one_lane",
 )
 
 
@@ -105,14 +106,17 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             return from_bits(torch.where(bits < 0, lowest - bits, bits), dtype)
         case "random_bits":
             return random_bits(shape_RH, dtype, generator)
-        case "ascending":
+        case "ascending":  # all the large values in one corner
             x = normal.sort(dim=-1).values
         case "one_large_piece":  # a strided sample sees few of the largest, or too many
             x = normal.clone()
             x[:, shape_RH[1] // 3 : shape_RH[1] // 3 + shape_RH[1] // 8 + 1] += 9
+        case "one_lane":  # ... in every 32nd group of 16 bytes: one CUDA thread has them all
+            group = torch.arange(shape_RH[1]) * dtype.itemsize // 16
+            x = torch.where(group % 32 == 5, normal.abs() + 5, normal)
         case _:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    return x.to(dtype)
+    return x.to(dtype).contiguous()
 
 
 def interesting_ks(hidden_size: int) -> list[int]:

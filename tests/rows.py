@@ -22,6 +22,7 @@ KINDS = (
     "zeros_of_both_signs",
     "infinities",
     "one_nan",
+    "smallest_nan",
     "nans",
     "all_nan",
     "denormals",
@@ -92,6 +93,16 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             return torch.where(
                 share == share.amax(-1, keepdim=True),
                 random_nans(shape_RH, dtype, generator),
+                normal.to(dtype),
+            )
+        case (
+            "smallest_nan"
+        ):  # the pattern next to infinity: positive in one row, negative in the next
+            lowest = torch.iinfo(INTEGERS[dtype.itemsize]).min
+            negative = torch.arange(shape_RH[0])[:, None] % 2 * lowest
+            return torch.where(
+                share == share.amax(-1, keepdim=True),
+                from_bits(negative + infinity_bits(dtype) + 1, dtype),
                 normal.to(dtype),
             )
         case "nans":

@@ -28,7 +28,7 @@ from topk_megatron.ops.library import OPS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {"out of cache": 8 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
 CUDA_BYTES = 256 << 20
-ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised")
+ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised", "scales")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setting:
 
 
 def make_rows(kind: str, setting: Setting) -> Tensor:
-    """Rows [R, H]: random, or with the mass ties that models make."""
+    """Rows [R, H]: random, with the mass ties that models make, or each of another scale."""
     generator = torch.Generator().manual_seed(0)
     x_RH = torch.randn(setting.shape_RH, generator=generator)
     match kind:
@@ -64,6 +64,8 @@ def make_rows(kind: str, setting: Setting) -> Tensor:
             x_RH = torch.full_like(x_RH, 1.2345)
         case "quantised":
             x_RH = (x_RH * 16).round() / 3.7
+        case "scales":
+            x_RH *= torch.randn((len(x_RH), 1), generator=generator).exp()
     return x_RH.to(setting.dtype).to(setting.device)
 
 
@@ -156,8 +158,8 @@ def compare(setting: Setting) -> list[str]:
     return [*cells, *(f"{ns[name] / ns['limit']:.2f}" for name in ("forward", "backward"))]
 
 
-def compare_ties(setting: Setting) -> list[str]:
-    """Cells of one line: tie-heavy rows relative to random ones."""
+def compare_kinds(setting: Setting) -> list[str]:
+    """Cells of one line: rows of other kinds relative to random ones."""
     rows = {kind: make_rows(kind, setting) for kind in ROW_KINDS}
     y_RH = torch.empty_like(rows["random"])
     bits_RW = OPS.topk_mask(rows["random"], setting.k, "value")[1]
@@ -194,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
     sizes = SIZES if options.device == "cpu" else {"out of cache": CUDA_BYTES}
     columns = ["H", "k", "topk + scatter", "kthvalue", "copy", "limit", "forward", "backward"]
     columns += ["faster than topk", "forward / limit", "backward / limit"]
-    tie_columns = ["H", "k", *(f"{kind} / random" for kind in ROW_KINDS[1:])]
+    kind_columns = ["H", "k", *(f"{kind} / random" for kind in ROW_KINDS[1:])]
     print(f"\n## {describe_machine(options.device)}")
     for name, dtype in DTYPES.items():
         for place, num_bytes in sizes.items():
@@ -208,8 +210,8 @@ def run(options: argparse.Namespace) -> None:
             megabytes = f"{num_bytes / (1 << 20):g} MiB"
             rows = [head + compare(s) for head, s in zip(heads, settings, strict=True)]
             print_table(f"{name}, {place} ({megabytes}), ns a row", columns, rows)
-            rows = [head + compare_ties(s) for head, s in zip(heads, settings, strict=True)]
-            print_table(f"{name}, {place}: rows with mass ties", tie_columns, rows)
+            rows = [head + compare_kinds(s) for head, s in zip(heads, settings, strict=True)]
+            print_table(f"{name}, {place}: other kinds of rows", kind_columns, rows)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 CSRC = Path(os.environ.get("TOPK_CSRC", HERE.parents[1] / "topk_megatron" / "ops" / "csrc"))
 OPTIMISATION = os.environ.get("TOPK_EMULATION_OPTIMISATION", "-O1")
 LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE_CODES = {"value": 0, "abs": 1}
 VARIANTS = ("warp2", "warp4", "warp8", "block8", "stream")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC
+from emulated import CSRC, DTYPES
 from ptx_runner import (
     PTX_ARCHITECTURES,
     SECTOR_BYTES,
@@ -26,8 +26,8 @@ from ptx_runner import (
     PtxTools,
     run_cases,
 )
-from rows import DTYPES, KINDS, as_bits, make_rows
 
+from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 SASS_ARCHITECTURES = ("80", "90", "100")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import HERE, EmulatedKernels, build, find_compiler
+from emulated import DTYPES, HERE, EmulatedKernels, build, find_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import DTYPES, KINDS, as_bits, make_rows
 from torch import Tensor
 
+from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 MODES = ("value", "abs")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import as_bits, make_rows
 
+from tests.rows import as_bits, make_rows
 from topk_megatron.ops import extension
 from topk_megatron.ops.library import _topk_mask_backward_fallback, _topk_mask_fallback
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import DTYPES, KINDS, MODES, as_bits, infinity_bits, make_rows
 
+from tests.rows import DTYPES, KINDS, MODES, as_bits, infinity_bits, make_rows
 from topk_megatron.ops.reference import (
     bits_to_indices_reference,
     pack_bits,

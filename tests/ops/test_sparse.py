@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import DTYPES, MODES, as_bits, make_rows
 
+from tests.rows import DTYPES, MODES, as_bits, make_rows
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits, unpack_sparse
 from topk_megatron.ops.reference import bits_to_indices_reference, unpack_bits
 

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.rows import (
     DTYPES,
     KINDS,
     MODES,
@@ -12,10 +16,6 @@ from cases import (
     interesting_ks,
     make_rows,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 SIZES = (1, 2, 31, 32, 33, 64, 127, 500, 512, 1000, 1024, 2048, 3001, 4096)
@@ -67,6 +67,32 @@ def test_hostile_rows_match_the_reference(isa: str) -> None:
         assert_matches_reference(*case)
 
     check()
+
+
+def rows_unlike_each_other(
+    seed: int, num_rows: int, hidden_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows [R, H] in runs of random length, each run of another kind and scale."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    while sum(len(part) for part in parts) < num_rows:
+        kind, length, exponent = (
+            int(torch.randint(limit, (), generator=generator)) for limit in (len(KINDS), 12, 9)
+        )
+        part = make_rows(KINDS[kind], (length + 1, hidden_size), dtype, seed + len(parts))
+        parts.append(part * 2.0 ** (exponent - 4))
+    return torch.cat(parts)[:num_rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_rows_before_it(
+    isa: str, dtype: torch.dtype, mode: str
+) -> None:
+    for seed, hidden_size in enumerate((40, 512, 2048, 3001)):
+        x = rows_unlike_each_other(seed, 60, hidden_size, dtype)
+        for k in interesting_ks(hidden_size):
+            assert_matches_reference(x, k, mode)
 
 
 @pytest.mark.parametrize("offset", [1, 3, 16, 31])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import DTYPES, MODES, as_bits, make_rows
 from torch.utils.checkpoint import checkpoint
 
+from tests.rows import DTYPES, MODES, as_bits, make_rows
 from topk_megatron.ops import TopKArgumentError, topk_mask, topk_mask_with_bits
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 

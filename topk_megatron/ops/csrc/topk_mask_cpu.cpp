@@ -48,6 +48,19 @@ struct Ops {
     return compress(p, ge(p, t), out);
   }
 
+  struct Window {
+    Threshold low, high;
+  };
+
+  static Window window(Key low, Key high) { return {threshold(low), threshold(high)}; }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch&) {
+    const uint32_t reached = ge(p, w.low);
+    num_from += __builtin_popcount(reached);
+    return compress(p, reached & ~ge(p, w.high), out);
+  }
+
   template <bool Stream>
   static void mask_store(const Raw* x, Raw* y, uint32_t mask) {
     for (int i = 0; i < kBlock; ++i) y[i] = (mask >> i) & 1 ? x[i] : Raw{0};
@@ -96,6 +109,9 @@ void portable_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void* scratch(size_t num_bytes) {
+  // Aligned to a page: few candidates make many overlapping stores at about one place, and a store
+  // across two pages takes several times as long.
+  constexpr size_t kPage = 4096;
   struct Buffer {
     void* data = nullptr;
     size_t size = 0;
@@ -105,8 +121,8 @@ void* scratch(size_t num_bytes) {
   if (buffer.size < num_bytes) {
     std::free(buffer.data);
     buffer.size = 0;
-    const size_t size = (num_bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, size);
+    const size_t size = (num_bytes + kPage - 1) / kPage * kPage;
+    buffer.data = std::aligned_alloc(kPage, size);
     if (buffer.data == nullptr) throw std::bad_alloc();
     buffer.size = size;
   }

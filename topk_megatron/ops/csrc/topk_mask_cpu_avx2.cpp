@@ -94,6 +94,19 @@ struct Ops<F, Abs, 4> {
     return compress(p, ge(p, t), out);
   }
 
+  struct Window {
+    Threshold low, high;
+  };
+
+  static Window window(Key low, Key high) { return {threshold(low), threshold(high)}; }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch&) {
+    const uint32_t reached = ge(p, w.low);
+    num_from += __builtin_popcount(reached);
+    return compress(p, reached & ~ge(p, w.high), out);
+  }
+
   template <bool Stream>
   static void store(Raw* y, __m256 x) {
     if (Stream)
@@ -201,6 +214,20 @@ struct Ops<F, Abs, 2> {
   static Raw* collect(const Raw* p, const Threshold& t, Raw* out, NanWatch& watch) {
     watch.see(p);
     return compress(p, ge(p, t), out);
+  }
+
+  struct Window {
+    Threshold low, high;
+  };
+
+  static Window window(Key low, Key high) { return {threshold(low), threshold(high)}; }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch& watch) {
+    watch.see(p);
+    const uint32_t reached = ge(p, w.low);
+    num_from += __builtin_popcount(reached);
+    return compress(p, reached & ~ge(p, w.high), out);
   }
 
   template <bool Stream>

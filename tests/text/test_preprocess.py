@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -129,16 +127,21 @@ def test_killed_half_way_leaves_nothing_that_looks_complete(
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 2000}] * 30_000)
     command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source)]
     command += ["--output-prefix", str(tmp_path / "out"), "--tokenizer-model", str(tokenizer)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     # Kill as soon as there are tokens on disk.
     while not any(path.stat().st_size for path in tmp_path.glob(".out.partial*.bin")):
         assert process.poll() is None, "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert workers
+    process.kill()
     process.wait()
     assert not list(tmp_path.glob("out*"))
+    while any(Path("/proc", pid, "cmdline").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

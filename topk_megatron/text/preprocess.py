@@ -8,6 +8,8 @@ import contextlib
 import functools
 import json
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -152,8 +154,8 @@ def _workers(config: PreprocessConfig) -> Iterator[Callable[..., Future[_Encoded
         return
     with ProcessPoolExecutor(
         config.workers,
-        initializer=_open_in_worker,
-        initargs=(config.tokenizer_type, config.tokenizer_model),
+        initializer=_start_worker,
+        initargs=(config.tokenizer_type, config.tokenizer_model, os.getpid()),
     ) as pool:
         try:
             yield lambda encode, chunk: pool.submit(encode, chunk)
@@ -207,6 +209,18 @@ _tokenizer: Any = None
 def _open_in_worker(tokenizer_type: str, tokenizer_model: str) -> None:
     global _tokenizer
     _tokenizer = open_tokenizer(tokenizer_type, tokenizer_model)
+
+
+def _start_worker(tokenizer_type: str, tokenizer_model: str, parent: int) -> None:
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    _open_in_worker(tokenizer_type, tokenizer_model)
+
+
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _encode(json_key: str, append_eod: bool, records: list[Record]) -> _Encoded:

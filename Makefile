@@ -30,7 +30,8 @@ format: setup  ## rewrite the sources as ruff wants them
 bench: setup  ## the benchmarks; each prints a table with machine, versions, medians and ratios
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(python) $$script || exit 1; done
 
-clean:  ## remove what make made, but for .venv
-	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove what make made (kernels, caches, runs/quickstart), but for .venv
+	rm -rf build dist *.egg-info runs/quickstart .pytest_cache .ruff_cache .hypothesis
 	find topk_megatron tools tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 	find topk_megatron -name '*.so' -delete
+	rm -f .venv/.setup

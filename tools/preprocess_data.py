@@ -4,7 +4,7 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 2
 
 A .txt or .md file is one document, a line of .jsonl is one. Writes PREFIX.bin, PREFIX.idx and
-PREFIX.json; give PREFIX to pretrain_topk_gpt.py as --data-path.
+PREFIX.manifest.json; give PREFIX to pretrain_topk_gpt.py as --data-path.
 """
 
 import argparse
@@ -44,6 +44,8 @@ def report(output: Path, summary: Summary, seconds: float) -> None:
         print(f"skipped {line}", file=sys.stderr)
     if summary.bad_lines:
         print(f"skipped {summary.bad_lines} bad lines in all", file=sys.stderr)
+    if summary.empty_documents:
+        print(f"left out {summary.empty_documents:,} empty documents", file=sys.stderr)
     print(
         f"{output}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
         f"{summary.text_bytes / max(summary.tokens, 1):.2f} bytes/token, "

@@ -19,12 +19,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--load", type=Path, required=True, help="checkpoint directory")
     parser.add_argument("--iteration", type=int, help="which checkpoint (default: the latest)")
+    parser.add_argument(
+        "--tokenizer-model", type=Path, help="tokenizer (default: where training found it)"
+    )
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     parser.add_argument("--tokens", type=int, default=80, help="tokens to write for each")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         parser.error(f"--temperature must be at least 0, got {args.temperature}")
     return args
 
@@ -38,7 +41,9 @@ def main() -> None:
 
     # Megatron talks while it loads; standard output is for the text.
     with contextlib.redirect_stdout(sys.stderr):
-        sampler = Sampler(args.load, device, args.iteration)
+        sampler = Sampler(
+            args.load, device, iteration=args.iteration, tokenizer_model=args.tokenizer_model
+        )
     for prompt in args.prompt:
         text = sampler(prompt, args.tokens, temperature=args.temperature, seed=args.seed)
         print(f"{prompt}{text}\n")

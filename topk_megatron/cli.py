@@ -3,22 +3,33 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from topk_megatron.errors import UserError
 
+_PATIENCE_SECONDS = 10
+
 
 def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Print a user's mistake as one line from the first rank, and exit with 2 on every rank."""
+    """Print a user's mistake as one line and exit with 2.
+
+    Most mistakes are met by every rank: rank 0 speaks and the others wait, so that torchrun does
+    not end rank 0 before it has spoken. Only a rank that is still alive after that has an error of
+    its own to tell.
+    """
 
     @functools.wraps(main)
     def wrapper() -> Any:
         try:
             return main()
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                time.sleep(_PATIENCE_SECONDS)
+            where = "" if rank == "0" else f"rank {rank}: "
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapper

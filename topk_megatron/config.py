@@ -95,7 +95,9 @@ class TopKConfig:
             hidden_size=args.hidden_size,
             num_layers=args.num_layers,
             k=k,
-            layers=parse_layers(args.topk_layers or DEFAULT_LAYERS, args.num_layers),
+            layers=parse_layers(
+                DEFAULT_LAYERS if args.topk_layers is None else args.topk_layers, args.num_layers
+            ),
             mode=args.topk_mode or "value",
             anneal=args.topk_anneal or "constant",
             anneal_start_k=args.topk_anneal_start_k,

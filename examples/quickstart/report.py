@@ -13,12 +13,12 @@ class Model:
     Attributes:
         name: ``topk`` or ``dense``.
         directory: its checkpoints, logs and TensorBoard events.
-        seconds: wall time of its training process in this run.
+        seconds: wall time of its training process; None if an earlier run had trained it.
     """
 
     name: str
     directory: Path
-    seconds: float
+    seconds: float | None
 
     def scalars(self, tag: str) -> dict[int, float]:
         """Logged values by iteration."""
@@ -44,7 +44,7 @@ def compare(models: list[Model], samples: dict[str, str], prompt: str) -> str:
         milliseconds = 1e3 * statistics.median(times.values()) if times else math.nan
         rows.append(
             f"{model.name:<8}{loss:>18.4f}{math.exp(loss):>14.2f}{milliseconds:>12.0f}"
-            f"{model.seconds:>8.0f}"
+            f"{'-' if model.seconds is None else format(model.seconds, '.0f'):>8}"
         )
     for model in models:
         rows += ["", f"-- {model.name} continues {prompt.strip()!r}:", samples[model.name].strip()]

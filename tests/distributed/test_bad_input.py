@@ -37,6 +37,18 @@ CASES = {
         "--transformer-impl transformer_engine",
         "needs a CUDA device and this machine has none",
     ),
+    "misspelt-flag": ("--topk-layer 1", "unrecognized arguments: --topk-layer 1; --help lists"),
+    "k-of-words": ("--topk-k many", "argument --topk-k: invalid int value: 'many'"),
+    "empty-layers": ("--topk-layers=", "--topk-layers takes numbers and ranges"),
+    "finetune-from-nowhere": (
+        "--load /no/such/place --finetune",
+        "--finetune needs a checkpoint, and /no/such/place holds none",
+    ),
+    "other-checkpoint-format": (
+        "--ckpt-format torch --save /tmp/never-made",
+        "--ckpt-format torch does not carry the TopK settings",
+    ),
+    "log-interval-of-zero": ("--log-interval 0", "--log-interval must be at least 1"),
     "megatrons-own-checks": (
         "--hidden-size 66 --num-attention-heads 4 --topk-k 4",
         "Megatron refuses these arguments",
@@ -47,7 +59,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_command_is_one_clear_line(name: str, flags: list[str]) -> None:
     change, complaint = CASES[name]
-    run = pretrain(1, *flags, *change.split())
+    settings = [*flags, *change.split()]
+    if name == "empty-layers":
+        settings = [*flags, "--topk-layers", ""]
+    run = pretrain(1, *settings)
     assert run.returncode != 0
     assert complaint in run.error_line()
     # torchrun reports the failed rank in its own words; the rank itself must not trace back.
@@ -67,8 +82,8 @@ def test_data_of_another_tokenizer_is_refused(
 ) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"text{suffix}").symlink_to(f"{dataset}{suffix}")
-    manifest = json.loads(Path(f"{dataset}.json").read_text())
+    manifest = json.loads(Path(f"{dataset}.manifest.json").read_text())
     manifest["tokenizer_sha256"] = "0" * 64
-    (tmp_path / "text.json").write_text(json.dumps(manifest))
+    (tmp_path / "text.manifest.json").write_text(json.dumps(manifest))
     run = pretrain(1, *flags, "--data-path", tmp_path / "text")
     assert "was tokenized with another tokenizer" in run.error_line()

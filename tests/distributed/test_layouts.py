@@ -86,16 +86,46 @@ def test_fused_operator_trains_as_its_definition_does_bitwise(
     assert run.scalars("grad-norm") == single_rank.scalars("grad-norm")
 
 
-def test_layer_statistics_are_those_of_one_rank_under_tensor_and_pipeline_parallelism(
-    flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
+@pytest.fixture(scope="module")
+def one_neuron_a_token(
+    flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """One rank with k = 1 and a window of one step, so that some neurons are silent."""
+    directory = tmp_path_factory.mktemp("sparse")
+    run = pretrain(1, *flags, *SPARSE, "--load", initial, tensorboard=directory)
+    assert run.returncode == 0, run.output
+    shares = run.scalars("topk/silent/layer_02").values()
+    assert any(0 < share < 1 for share in shares), "the comparison would be of zeros"
+    return run
+
+
+SPARSE = [
+    "--topk-k",
+    "1",
+    "--topk-layers",
+    "0-2",
+    "--finetune",
+    "--train-iters",
+    "4",
+    "--topk-silent-tokens",
+    "512",
+]
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2", "vpp", "dp2-distributed-optimizer"])
+def test_layer_statistics_are_those_of_one_rank(
+    name: str, flags: list[str], initial: Path, one_neuron_a_token: Run, tmp_path: Path
 ) -> None:
-    ranks, layout = LAYOUTS["tp2-pp2"]
-    run, _ = train(ranks, flags, initial, layout, tmp_path)
+    ranks, layout = LAYOUTS[name]
+    load = ["--load", str(initial), *layout.split()]
+    run = pretrain(ranks, *flags, *SPARSE, *load, tensorboard=tmp_path)
+    assert run.returncode == 0, run.output
     for layer in (0, 1, 2):
-        for name in ("density", "kept_norm", "silent"):
-            tag = f"topk/{name}/layer_{layer:02d}"
-            assert run.scalars(tag) == pytest.approx(single_rank.scalars(tag), abs=1e-4), tag
-        assert set(run.scalars(f"topk/density/layer_{layer:02d}").values()) == {8 / 64}
+        for statistic in ("density", "kept_norm", "silent"):
+            tag = f"topk/{statistic}/layer_{layer:02d}"
+            expected = one_neuron_a_token.scalars(tag)
+            assert run.scalars(tag) == pytest.approx(expected, abs=1e-4), tag
+        assert set(run.scalars(f"topk/density/layer_{layer:02d}").values()) == {1 / 64}
 
 
 def test_bfloat16_trains(flags: list[str], initial: Path, single_rank: Run, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_documents_are_sentencepiece_ids_with_an_end(tokenizer: Path, tmp_path: 
     done = run(write_jsonl(tmp_path / "a.jsonl", LINES), tmp_path / "out", tokenizer)
     assert done.returncode == 0, done.stderr
     assert documents(tmp_path / "out") == expected(tokenizer, [str(x["text"]) for x in LINES])
-    manifest = json.loads((tmp_path / "out.json").read_text())
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["documents"] == 3
     assert manifest["tokens"] == sum(map(len, documents(tmp_path / "out")))
     assert "3 documents" in done.stdout
@@ -101,6 +101,7 @@ def test_a_text_file_is_one_document(tokenizer: Path, tmp_path: Path) -> None:
         ('{"text": 3}', "key 'text' holds int, not text"),
         ("[1, 2]", "no key 'text'"),
         ("[" * 100_000, "not JSON"),
+        (r'{"text": "bad \ud800"}', "half a surrogate pair"),
     ],
 )
 def test_bad_lines_fail_the_run_with_their_number(
@@ -153,6 +154,7 @@ def test_killed_half_way_leaves_nothing_that_looks_complete(
         ("a.txt", b"\xff\xfe", "not UTF-8 (byte 0)"),
         ("a.jsonl.gz", b"no gzip", "cannot read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:60], "cannot read"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 9999)[:20] + b"\xff" * 40, "cannot read"),
         ("a.jsonl.zst", b"no zstandard", "cannot read"),
     ],
 )
@@ -178,6 +180,36 @@ def test_existing_output_is_kept_unless_told_otherwise(tokenizer: Path, tmp_path
     assert (tmp_path / "out.bin").read_bytes() == before
     assert run(source, tmp_path / "out", tokenizer, "--overwrite").returncode == 0
     assert len(documents(tmp_path / "out")) == 1
+
+
+def test_an_input_is_never_written_over(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "out.manifest.json", LINES)
+    done = run(source, tmp_path / "out", tokenizer, "--overwrite")
+    assert done.returncode == 2
+    assert "is an input" in done.stderr
+    assert json.loads(source.read_text().splitlines()[0]) == LINES[0]
+
+
+def test_partial_files_of_a_killed_run_are_removed_by_the_next(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    litter = tmp_path / ".out.partial-999999999.bin"
+    litter.write_bytes(b"x")
+    assert (
+        run(write_jsonl(tmp_path / "a.jsonl", LINES), tmp_path / "out", tokenizer).returncode == 0
+    )
+    assert not litter.exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "a.jsonl/x", "/proc/x/y"])
+def test_output_that_cannot_be_written_is_one_line(
+    prefix: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", LINES)
+    output = tmp_path / prefix if prefix.startswith("a") else Path(prefix)
+    done = run(source, output, tokenizer)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
@@ -225,6 +257,53 @@ class TestTrainTokenizer:
         assert "9000" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "t.model").exists()
+
+    def test_long_lines_are_learned_from(self, tmp_path: Path) -> None:
+        import sentencepiece
+
+        line = json.dumps({"text": "quick brown fox jumps " * 400})
+        (tmp_path / "a.jsonl").write_text((line + "\n") * 20)
+        done = run_tool(
+            "train_tokenizer.py",
+            *("--input", tmp_path / "a.jsonl", "--output", tmp_path / "t.model"),
+            *("--vocab-size", "300"),
+        )
+        assert done.returncode == 0, done.stderr
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+        assert len(model.encode("quick brown fox")) < 10
+
+    @pytest.mark.parametrize(
+        ("flags", "reason"),
+        [
+            ("--vocab-size 0", "--vocab-size must be at least 300"),
+            ("--vocab-size 300 --character-coverage 5", "--character-coverage must be"),
+            ("--vocab-size 300 --max-sentences -1", "--max-sentences must be"),
+            ("--vocab-size 300 --output .", "--output must name a file"),
+            ("--vocab-size 300 --output /proc/x/t.model", "cannot write"),
+        ],
+    )
+    def test_wrong_numbers_and_paths_are_one_line(
+        self, flags: str, reason: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.txt").write_text("words\n" * 50)
+        output = ("--output", tmp_path / "t.model")
+        done = run_tool(
+            "train_tokenizer.py", "--input", tmp_path / "a.txt", *output, *flags.split()
+        )
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.glob("*.model*"))
+
+    def test_bad_line_is_named_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{broken\n')
+        done = run_tool(
+            "train_tokenizer.py",
+            *("--input", tmp_path / "a.jsonl", "--output", tmp_path / "t.model"),
+            *("--vocab-size", "300"),
+        )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/a.jsonl:2: not JSON")
 
     def test_no_text_is_an_error(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("\n\n")

@@ -37,10 +37,14 @@ def test_every_cpu_default_is_an_argument_of_megatron() -> None:
     assert known >= set(CPU_DEFAULTS)
 
 
-def dataset(prefix: Path, documents: int) -> str:
-    (prefix.parent / f"{prefix.name}.bin").write_bytes(b"")
+def made_dataset(prefix: Path, documents: int) -> str:
+    """A dataset of two-byte tokens with one token a document."""
+    (prefix.parent / f"{prefix.name}.bin").write_bytes(b"\0\0" * documents)
     header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, documents, documents + 1)
-    (prefix.parent / f"{prefix.name}.idx").write_bytes(header)
+    lengths = struct.pack(f"<{documents}i", *[1] * documents)
+    offsets = struct.pack(f"<{documents}q", *range(0, 2 * documents, 2))
+    ends = struct.pack(f"<{documents + 1}q", *range(documents + 1))
+    (prefix.parent / f"{prefix.name}.idx").write_bytes(header + lengths + offsets + ends)
     return str(prefix)
 
 
@@ -48,6 +52,7 @@ def arguments(prefix: str, split: str | None, eval_iters: int = 1) -> Namespace:
     other = dict.fromkeys(["train_data_path", "valid_data_path", "test_data_path"])
     return Namespace(
         data_path=["0.5", prefix],
+        data_args_path=None,
         split=split,
         eval_iters=eval_iters,
         tokenizer_model=None,
@@ -61,17 +66,28 @@ def test_our_reading_of_an_index_is_megatrons(dataset: Path) -> None:
     assert count_documents(str(dataset)) == len(IndexedDataset(str(dataset)))
 
 
+def test_cut_off_files_are_named(tmp_path: Path) -> None:
+    prefix = made_dataset(tmp_path / "a", 5)
+    (tmp_path / "a.bin").write_bytes(b"\0" * 9)
+    with pytest.raises(DataError, match="has 9 bytes, its index tells of 10"):
+        count_documents(prefix)
+    index = (tmp_path / "a.idx").read_bytes()
+    (tmp_path / "a.idx").write_bytes(index[:-20])
+    with pytest.raises(DataError, match="cut off or damaged"):
+        count_documents(prefix)
+
+
 class TestSplit:
     def test_each_part_needs_a_document(self, tmp_path: Path) -> None:
-        check_data_files(arguments(dataset(tmp_path / "a", 38), "90,8,2"))
+        check_data_files(arguments(made_dataset(tmp_path / "a", 38), "90,8,2"))
         with pytest.raises(DataError, match=r"leaves the test part .* \(38 documents\)"):
-            check_data_files(arguments(dataset(tmp_path / "a", 38), None))
+            check_data_files(arguments(made_dataset(tmp_path / "a", 38), None))
         with pytest.raises(DataError, match="leaves the validation part"):
-            check_data_files(arguments(dataset(tmp_path / "b", 3), "95,5,0"))
+            check_data_files(arguments(made_dataset(tmp_path / "b", 3), "95,5,0"))
 
     def test_a_part_that_is_never_read_needs_none(self, tmp_path: Path) -> None:
-        check_data_files(arguments(dataset(tmp_path / "a", 3), "95,5,0", eval_iters=0))
-        check_data_files(arguments(dataset(tmp_path / "a", 3), "100,0,0"))
+        check_data_files(arguments(made_dataset(tmp_path / "a", 3), "95,5,0", eval_iters=0))
+        check_data_files(arguments(made_dataset(tmp_path / "a", 3), "100,0,0"))
 
     @pytest.mark.parametrize("text", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0"])
     def test_weights_that_are_none_are_refused(self, text: str) -> None:

@@ -53,7 +53,7 @@ def test_nothing_to_resume_is_no_error(tmp_path: Path) -> None:
 
 def test_step_that_is_not_there_is_an_error_that_lists_what_is(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
-    with pytest.raises(CheckpointError, match=r"--ckpt-step 7: .* it has 10"):
+    with pytest.raises(CheckpointError, match=r"iteration 7 in .* it has 10"):
         find_checkpoint(tmp_path, 7)
 
 
@@ -81,14 +81,14 @@ def test_dense_models_are_equal_whatever_their_unused_settings() -> None:
     ]
 
 
-def test_checkpoint_settings_are_adopted_only_when_no_flag_is_given(
+def test_each_flag_wins_over_the_settings_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from topk_megatron.train import resume
 
     checkpoint(tmp_path, 10)
     (tmp_path / TRACKER).write_text("10")
-    saved = Namespace(topk=settings(k=5).to_dict())
+    saved = Namespace(topk=settings(k=5, mode="abs").to_dict())
     monkeypatch.setattr(resume, "read_checkpoint_args", lambda _: saved)
     flags = {f"topk_{name}": None for name in resume._FLAGS}
     args = Namespace(
@@ -99,6 +99,6 @@ def test_checkpoint_settings_are_adopted_only_when_no_flag_is_given(
         num_layers=4,
         **flags,
     )
-    assert resume.choose_settings(args).k == 5
-    args.topk_k = 7
-    assert resume.choose_settings(args).k == 7
+    assert resume.choose_settings(args) == settings(k=5, mode="abs")
+    args.topk_k, args.topk_layers = 7, "all,-1"
+    assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))

@@ -1,7 +1,7 @@
 """Megatron on a machine without CUDA: its ``torch.cuda`` calls are served by the CPU.
 
 The training code that runs is Megatron's own; only the device underneath is another, the way vendor
-back ends put Megatron on other chips. Every patch of this project sits in this file and in
+back ends put Megatron on other chips. Every patch for this device sits in this file and in
 `topk_megatron.device.megatron_patches`, each with its reason. Written for torch 2.9 to 2.14 and
 megatron-core 0.19.
 """

@@ -6,6 +6,7 @@ killed, a dataset that has its ``.idx`` is whole.
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import threading
@@ -25,6 +26,9 @@ from topk_megatron.errors import DataError
 from topk_megatron.text.sources import BadLineError, Record, document, expand, read_records
 from topk_megatron.text.tokenizer import fingerprint, open_tokenizer
 
+# A name that no input can have: .json is one of theirs.
+MANIFEST = ".manifest.json"
+SUFFIXES = (".bin", ".idx", MANIFEST)
 # Bytes of text handed to a worker at a time: large enough to hide the hand-over, small enough for
 # an even progress bar.
 _CHUNK_BYTES = 256 * 1024
@@ -38,7 +42,7 @@ class PreprocessConfig:
 
     Attributes:
         inputs: text files or globs.
-        output: path prefix; writes ``output.bin``, ``output.idx`` and ``output.json``.
+        output: path prefix; writes ``output.bin``, ``output.idx``, ``output.manifest.json``.
         tokenizer_type: ``SentencePieceTokenizer`` or ``HuggingFaceTokenizer``.
         tokenizer_model: its file or directory.
         json_key: key of the text in JSON lines.
@@ -89,31 +93,57 @@ def preprocess(config: PreprocessConfig) -> Summary:
             output that exists, a full disk. Nothing that looks like a dataset is left behind.
     """
     files = expand(config.inputs)
-    _check_output(config)
+    _check_output(config, files)
     tokenizer = open_tokenizer(config.tokenizer_type, config.tokenizer_model)
     if config.append_eod and tokenizer.eod is None:
         raise DataError(
             f"{config.tokenizer_model} has no end-of-sentence token to end documents with; "
             "give it one, or say --no-eod"
         )
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.output.with_name(f".{config.output.name}.partial-{os.getpid()}")
     try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(config.output)
         summary = _write_dataset(config, files, temporary, tokenizer)
         _fail_on_bad_lines(config, summary)
         _publish(config, temporary, summary, tokenizer)
     except OSError as error:
         raise DataError(f"cannot write {config.output}: {error}") from error
     finally:
-        for suffix in (".bin", ".idx", ".json"):
-            temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            with contextlib.suppress(OSError):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
     return summary
 
 
-def _check_output(config: PreprocessConfig) -> None:
-    index = Path(f"{config.output}.idx")
-    if index.exists() and not config.overwrite:
-        raise DataError(f"{index} exists; choose another --output-prefix or say --overwrite")
+def _remove_leftovers(output: Path) -> None:
+    """Delete the partial files of runs that were killed."""
+    for partial in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
+        pid = partial.name.rsplit("-", 1)[-1].split(".")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _check_output(config: PreprocessConfig, files: list[Path]) -> None:
+    if not config.output.name:
+        raise DataError(f"--output-prefix must end in a name, got {str(config.output)!r}")
+    inputs = {path.resolve() for path in files}
+    for suffix in SUFFIXES:
+        output = Path(f"{config.output}{suffix}")
+        if output.resolve() in inputs:
+            raise DataError(f"{output} is an input; choose another --output-prefix")
+        if output.exists() and not config.overwrite:
+            raise DataError(f"{output} exists; choose another --output-prefix or say --overwrite")
 
 
 def _write_dataset(
@@ -272,9 +302,9 @@ def _publish(config: PreprocessConfig, temporary: Path, summary: Summary, tokeni
         "vocab_size": tokenizer.vocab_size,
         "append_eod": config.append_eod,
     }
-    Path(f"{temporary}.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    Path(f"{temporary}{MANIFEST}").write_text(json.dumps(manifest, indent=2) + "\n")
     # The old index goes first, the new one comes last: at no moment does an index stand beside
     # tokens that are not its own.
     Path(f"{config.output}.idx").unlink(missing_ok=True)
-    for suffix in (".bin", ".json", ".idx"):
+    for suffix in (".bin", MANIFEST, ".idx"):
         os.replace(f"{temporary}{suffix}", f"{config.output}{suffix}")

@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def read_records(path: Path) -> Iterator[Record]:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield Record(line, str(path), number, raw.tell())
-    except (OSError, EOFError, _zstd_error()) as error:
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
@@ -98,6 +99,10 @@ def document(record: Record, json_key: str) -> str:
     text = entry[json_key]
     if not isinstance(text, str):
         raise BadLineError(f"key {json_key!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadLineError(f"half a surrogate pair (character {error.start})") from error
     return text
 
 

@@ -11,6 +11,8 @@ from topk_megatron.errors import DataError
 from topk_megatron.text.sources import BadLineError, document, expand, read_records
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+# Sentencepiece leaves out longer lines without a word (its max_sentence_length).
+_MAX_LINE_BYTES = 4000
 # Identity normalisation and no dummy prefix: text survives encoding and decoding byte for byte, and
 # Hugging Face's implementations give the same ids.
 _SENTENCEPIECE_SETTINGS = {
@@ -56,6 +58,8 @@ def train_sentencepiece(
     """
     import sentencepiece
 
+    _check_training(vocab_size, character_coverage, max_sentences)
+    temporary = _open_partial(output)
     lines = _CountingLines(_lines(patterns, json_key))
     model = io.BytesIO()
     try:
@@ -70,11 +74,12 @@ def train_sentencepiece(
             **_SENTENCEPIECE_SETTINGS,
         )
     except (RuntimeError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        if lines.error is not None:
+            raise lines.error from error
         if not lines.count:
             raise DataError("there is no text in the input files") from error
         raise DataError(f"cannot train the tokenizer: {_last_sentence(error)}") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.partial")
     temporary.write_bytes(model.getvalue())
     temporary.replace(output)
     return lines.count
@@ -84,11 +89,51 @@ class _CountingLines:
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines = lines
         self.count = 0
+        self.error: DataError | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            self.count += 1
-            yield line
+        try:
+            for line in self._lines:
+                self.count += 1
+                yield from _pieces(line)
+        except DataError as error:
+            self.error = error  # sentencepiece would wrap it into its own
+            raise
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """Cut a line where sentencepiece would silently drop it for its length."""
+    while len(line.encode()) > _MAX_LINE_BYTES:
+        # A character has at most four bytes.
+        cut = line.rfind(" ", 1, _MAX_LINE_BYTES // 4)
+        cut = cut if cut > 0 else _MAX_LINE_BYTES // 4
+        yield line[:cut]
+        line = line[cut:]
+    yield line
+
+
+def _check_training(vocab_size: int, character_coverage: float, max_sentences: int) -> None:
+    if vocab_size < 300:
+        raise DataError(
+            f"--vocab-size must be at least 300 (256 bytes and special pieces), got {vocab_size}"
+        )
+    if not 0.9 <= character_coverage <= 1:
+        raise DataError(f"--character-coverage must be in [0.9, 1], got {character_coverage}")
+    if max_sentences < 100:
+        raise DataError(f"--max-sentences must be at least 100, got {max_sentences}")
+
+
+def _open_partial(output: Path) -> Path:
+    """Meet a path that cannot be written before the training and not after it."""
+    if not output.name or output.is_dir():
+        raise DataError(f"--output must name a file, got {str(output)!r}")
+    temporary = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise DataError(f"cannot write {output}: {error}") from error
+    return temporary
 
 
 def _lines(patterns: list[str], json_key: str) -> Iterator[str]:
@@ -127,8 +172,7 @@ def open_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Any:
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    if not Path(tokenizer_model).exists():
-        raise DataError(f"--tokenizer-model {tokenizer_model} does not exist")
+    check_tokenizer_path(tokenizer_type, tokenizer_model)
     try:
         return build_tokenizer(_megatron_settings(tokenizer_type, tokenizer_model))
     except Exception as error:  # each tokenizer library raises errors of its own
@@ -137,15 +181,25 @@ def open_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Any:
         ) from error
 
 
+def check_tokenizer_path(tokenizer_type: str, tokenizer_model: str) -> None:
+    """A Hugging Face tokenizer may be a name that its library looks up; others must be files."""
+    if tokenizer_type != "HuggingFaceTokenizer" and not Path(tokenizer_model).exists():
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model} does not exist; "
+            "make one with tools/train_tokenizer.py"
+        )
+
+
 def fingerprint(tokenizer_model: str) -> str:
     """SHA-256 of a tokenizer's files, to tell whether data and model belong together."""
     digest = hashlib.sha256()
     path = Path(tokenizer_model)
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    files = [path / name for name in names] if path.is_dir() else [path]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())
+    if not path.exists():
+        digest.update(tokenizer_model.encode())  # a name
     return digest.hexdigest()
 
 

@@ -6,11 +6,12 @@ builds a process group, so that a mistake costs a second and not a place in the 
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
 from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
+from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.data_files import check_data_files
 
 # What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
@@ -97,19 +98,26 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def arguments_provider(device: str) -> Any:
+def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> Any:
     """The parser hook for this device; on a CPU it also exchanges Megatron's GPU defaults."""
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         add_topk_arguments(parser)
         mend_help(parser)
+        parser.error = _raise_usage  # pyright: ignore[reportAttributeAccessIssue]
         # Megatron 0.19 divides by this flag and has no default for it.
         parser.set_defaults(eval_interval=1000)
         if device == "cpu":
             parser.set_defaults(**CPU_DEFAULTS)
+        parser.set_defaults(**(defaults or {}))
         return parser
 
     return provider
+
+
+def _raise_usage(message: str) -> NoReturn:
+    # argparse would print Megatron's 700 lines of usage, once a rank.
+    raise ConfigError(f"{message}; --help lists the flags")
 
 
 def check_arguments(args: Namespace, device: str) -> None:
@@ -135,11 +143,21 @@ def _check_topk(args: Namespace) -> None:
     config = TopKConfig.from_args(args)
     if args.topk_silent_tokens < 1:
         raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
-    graphs = getattr(args, "cuda_graph_impl", "none") != "none"
-    if graphs and config.layers and config.anneal != "constant":
+    if args.cuda_graph_impl != "none" and config.layers:
+        if config.anneal != "constant":
+            raise ConfigError(
+                "a CUDA graph would freeze k at the value it was captured with; "
+                "use --topk-anneal constant or --cuda-graph-impl none"
+            )
+        if args.topk_metrics:
+            raise ConfigError(
+                "statistics of TopK layers are not gathered when a CUDA graph is replayed; "
+                "use --no-topk-metrics or --cuda-graph-impl none"
+            )
+    if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
         raise ConfigError(
-            "a CUDA graph would freeze k at the value it was captured with; "
-            "use --topk-anneal constant or --cuda-graph-impl none"
+            f"--ckpt-format {args.ckpt_format} does not carry the TopK settings in a way that is "
+            "checked on resuming; use torch_dist"
         )
 
 
@@ -184,17 +202,24 @@ def _check_cpu(args: Namespace) -> None:
             "--context-parallel-size above 1 needs Transformer Engine's attention, and that a CUDA "
             "device; set it to 1"
         )
+    if args.cuda_graph_impl != "none":
+        raise ConfigError("--cuda-graph-impl needs a CUDA device and this machine has none")
     if args.fp8 is not None:
         raise ConfigError("--fp8-format needs a CUDA device and this machine has none; drop it")
 
 
 def _check_files(args: Namespace) -> None:
-    if args.tokenizer_model is not None and not Path(args.tokenizer_model).exists():
-        raise DataError(
-            f"--tokenizer-model {args.tokenizer_model} does not exist; "
-            "make one with tools/train_tokenizer.py"
-        )
-    check_data_files(args)
+    for name in ("log_interval", "eval_interval"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("save", "load"):
+        path = getattr(args, name)
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise ConfigError(f"--{name} {path} is a file; give a directory")
+    if args.tokenizer_model is not None:
+        check_tokenizer_path(args.tokenizer_type, args.tokenizer_model)
+    if not args.sft:  # whose data are not .bin/.idx
+        check_data_files(args)
     sources = (args.data_path, args.train_data_path, args.data_args_path, args.mock_data)
     if not any(sources) and args.per_split_data_args_path is None:
         raise DataError("no training data: give --data-path PREFIX (or --mock-data)")

@@ -4,13 +4,17 @@ import json
 import struct
 from argparse import Namespace
 from pathlib import Path
+from typing import BinaryIO
 
 from topk_megatron.errors import DataError
+from topk_megatron.text.preprocess import MANIFEST
 from topk_megatron.text.tokenizer import fingerprint
 
 # Megatron's index begins with: magic, version (u64), dtype code (u8), sequences (u64), documents
 # (u64); see megatron/core/datasets/indexed_dataset.py.
 _HEADER = struct.Struct("<9sQBQQ")
+# Bytes a token by Megatron's dtype code.
+_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 _MAGIC = b"MMIDIDX\x00\x00"
 _PARTS = ("train", "validation", "test")
 
@@ -21,7 +25,7 @@ def check_data_files(args: Namespace) -> None:
     Raises:
         DataError: names the file and what to do.
     """
-    shared = _prefixes(args.data_path)
+    shared = _prefixes(args.data_path or _entries_of(args.data_args_path))
     separate = [args.train_data_path, args.valid_data_path, args.test_data_path]
     for prefix in (*shared, *(prefix for paths in separate for prefix in _prefixes(paths))):
         documents = count_documents(prefix)
@@ -40,16 +44,37 @@ def count_documents(prefix: str) -> int:
             )
     with open(f"{prefix}.idx", "rb") as index:
         header = index.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise DataError(
+                f"{prefix}.idx is no Megatron dataset index; make it anew with "
+                "tools/preprocess_data.py"
+            )
+        _, _, code, sequences, documents = _HEADER.unpack(header)
+        _check_sizes(prefix, index, code, sequences, documents)
+    return sequences
+
+
+def _check_sizes(prefix: str, index: BinaryIO, code: int, sequences: int, documents: int) -> None:
+    """Hold the sizes of both files against what the index says."""
+    expected = _HEADER.size + 12 * sequences + 8 * documents  # i4 lengths, i8 offsets, i8 documents
+    if code not in _ITEM_BYTES or Path(f"{prefix}.idx").stat().st_size < expected:
+        raise DataError(f"{prefix}.idx is cut off or damaged; make the dataset anew")
+    if sequences == 0:
+        raise DataError(f"{prefix} holds no document")
+    index.seek(_HEADER.size + 4 * (sequences - 1))
+    (length,) = struct.unpack("<i", index.read(4))
+    index.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+    (offset,) = struct.unpack("<q", index.read(8))
+    wanted, found = offset + length * _ITEM_BYTES[code], Path(f"{prefix}.bin").stat().st_size
+    if found != wanted:
         raise DataError(
-            f"{prefix}.idx is no Megatron dataset index; make it anew with tools/preprocess_data.py"
+            f"{prefix}.bin has {found} bytes, its index tells of {wanted}; make the dataset anew"
         )
-    return _HEADER.unpack(header)[3]
 
 
 def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
     """Compare with the manifest that our preprocessing leaves beside the data, if there is one."""
-    manifest = Path(f"{prefix}.json")
+    manifest = Path(f"{prefix}{MANIFEST}")
     if tokenizer_model is None or not manifest.is_file():
         return
     try:
@@ -92,9 +117,18 @@ def split_weights(split: str) -> list[float]:
     return weights + [0.0] * (len(_PARTS) - len(weights))
 
 
+def _entries_of(file: str | None) -> list[str] | None:
+    """What ``--data-args-path`` lists."""
+    if file is None:
+        return None
+    if not Path(file).is_file():
+        raise DataError(f"--data-args-path {file} does not exist")
+    return Path(file).read_text().split()
+
+
 def _prefixes(entries: list[str] | None) -> list[str]:
-    """Dataset prefixes without the weights that may stand between them."""
-    return [entry for entry in entries or [] if not _is_number(entry)]
+    """Dataset prefixes on this machine, without the weights that may stand between them."""
+    return [entry for entry in entries or [] if not _is_number(entry) and "://" not in entry]
 
 
 def _is_number(text: str) -> bool:

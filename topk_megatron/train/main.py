@@ -2,14 +2,22 @@
 
 import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
 
+# Megatron validates by assertions and by stumbling; while it reads arguments, both are the user's.
+_REFUSALS = (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeError, OSError)
 
-def parse(device: str) -> tuple[Namespace, TopKConfig]:
+
+def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespace, TopKConfig]:
     """Parse and validate the command line, ours first and then Megatron's own checks.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        defaults: values for arguments that the command line leaves out.
 
     Returns:
         Megatron's arguments (also set as its global ones), with the TopK settings as a plain
@@ -21,24 +29,35 @@ def parse(device: str) -> tuple[Namespace, TopKConfig]:
     from topk_megatron.train.arguments import arguments_provider, check_arguments
     from topk_megatron.train.resume import choose_settings
 
-    provider = arguments_provider(device)
+    provider = arguments_provider(device, defaults)
     check_arguments(parse_args(provider), device)
     try:
         args = parse_and_validate_args(extra_args_provider=provider)
-    except AssertionError as error:
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        ZeroDivisionError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        # Megatron validates by assertions, and by stumbling; both come from the command line here.
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     config = choose_settings(args)
     args.topk = config.to_dict()
     # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.
     tokenizer: Any = get_tokenizer()
     args.tokenizer_vocab_size = tokenizer.vocab_size
+    if args.tokenizer_model is not None and Path(args.tokenizer_model).exists():
+        # The checkpoint is read from other working directories too.
+        args.tokenizer_model = str(Path(args.tokenizer_model).resolve())
     return args, config
 
 
-def _reason(error: AssertionError) -> str:
+def _reason(error: Exception) -> str:
     """Megatron's message, or where it has none the assertion itself."""
     if str(error):
-        return str(error)
+        return " ".join(str(error).split())
     import traceback
 
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -111,7 +111,7 @@ def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetr
     def row(name: str) -> str:
         return " ".join(f"{100 * getattr(m, name):.3g}" for m in metrics)
 
-    layers = f"{metrics[0].layer}..{metrics[-1].layer}" if len(metrics) > 1 else metrics[0].layer
+    layers = " ".join(str(m.layer) for m in metrics)
     return (
         f" topk {iteration:8d} | k: {runtime.k} of {runtime.config.hidden_size} | "
         f"layers: {layers} | "

@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.config import TopKConfig
+from topk_megatron.config import TopKConfig, parse_layers
 from topk_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -28,6 +28,7 @@ def prepare_resume(args: Namespace, config: TopKConfig) -> None:
         return
     directory = find_checkpoint(Path(args.load), args.ckpt_step, write=args.rank == 0)
     if directory is None:
+        _check_needed(args)
         return
     saved = read_checkpoint_args(directory)
     if saved is None:
@@ -40,16 +41,19 @@ _FLAGS = ("k", "layers", "mode", "anneal", "anneal_start_k", "anneal_begin", "an
 
 
 def choose_settings(args: Namespace) -> TopKConfig:
-    """This run's TopK settings: its flags, or under ``--use-checkpoint-args`` the checkpoint's.
+    """This run's TopK settings: its flags, and under ``--use-checkpoint-args`` the checkpoint's.
 
-    A ``--topk-…`` flag on the command line wins over the checkpoint, as a whole.
+    Each ``--topk-…`` flag on the command line wins over the checkpoint's value.
     """
-    given = any(getattr(args, f"topk_{name}") is not None for name in _FLAGS)
-    if args.use_checkpoint_args and args.load is not None and not given:
+    if args.use_checkpoint_args and args.load is not None:
         directory = find_checkpoint(Path(args.load), args.ckpt_step)
         saved = None if directory is None else read_checkpoint_args(directory)
         if (settings := getattr(saved, "topk", None)) is not None:
-            return TopKConfig.from_dict(settings)
+            given = {name: getattr(args, f"topk_{name}") for name in _FLAGS}
+            given = {name: value for name, value in given.items() if value is not None}
+            if "layers" in given:
+                given["layers"] = parse_layers(given["layers"], args.num_layers)
+            return TopKConfig.from_dict({**settings, **given})
     return TopKConfig.from_args(args)
 
 
@@ -70,8 +74,7 @@ def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False)
     if step is not None:
         if step not in complete:
             raise CheckpointError(
-                f"--ckpt-step {step}: no complete checkpoint of this iteration in {load}; "
-                f"it has {_listing(complete)}"
+                f"no complete checkpoint of iteration {step} in {load}; it has {_listing(complete)}"
             )
         return complete[step]
     tracked = _read_tracker(load)
@@ -140,6 +143,18 @@ def _has_legacy_format(load: Path, tracked: Any) -> bool:
     return directory is not None and any(directory.glob("mp_rank_*"))
 
 
+def _check_needed(args: Namespace) -> None:
+    """A run that only makes sense with a checkpoint must not go on with random weights."""
+    if _read_tracker(Path(args.load)) == "release":
+        return
+    for flag in ("finetune", "skip_train", "use_checkpoint_args"):
+        if getattr(args, flag):
+            raise CheckpointError(
+                f"--{flag.replace('_', '-')} needs a checkpoint, and {args.load} holds none that "
+                "is complete; check --load"
+            )
+
+
 def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> None:
     before = getattr(saved, "tokenizer_vocab_size", None)
     now = args.tokenizer_vocab_size
@@ -152,6 +167,12 @@ def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> Non
 
 
 def _check_topk(args: Namespace, config: TopKConfig, saved: Namespace, directory: Path) -> None:
+    for name in ("hidden_size", "num_layers"):
+        if getattr(saved, name) != getattr(args, name):
+            raise CheckpointError(
+                f"{directory} is of another model: its {name} is {getattr(saved, name)}, this "
+                f"run's is {getattr(args, name)}"
+            )
     settings = getattr(saved, "topk", None)
     before = None if settings is None else TopKConfig.from_dict(settings)
     differences = compare_topk(before, config)

@@ -1,6 +1,8 @@
 """Text from a Megatron checkpoint of any layout, in one process."""
 
 import sys
+from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor
 
 from topk_megatron.errors import CheckpointError
-from topk_megatron.train.resume import find_checkpoint
+from topk_megatron.text.tokenizer import check_tokenizer_path
+from topk_megatron.train.arguments import CPU_DEFAULTS
+from topk_megatron.train.resume import find_checkpoint, read_checkpoint_args
 
 
 class Sampler:
@@ -18,15 +22,33 @@ class Sampler:
     anything larger convert the checkpoint and use an inference library.
     """
 
-    def __init__(self, checkpoint: Path, device: str, iteration: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: str,
+        *,
+        iteration: int | None = None,
+        tokenizer_model: Path | None = None,
+    ) -> None:
         """Load a torch_dist checkpoint with the settings that it carries.
 
+        Args:
+            checkpoint: the directory that was given to ``--save``.
+            device: ``cuda`` or ``cpu``.
+            iteration: which checkpoint; None is the latest.
+            tokenizer_model: the tokenizer, if it is no longer where the training run found it.
+
         Raises:
-            CheckpointError: there is no complete checkpoint in `checkpoint`.
+            CheckpointError: there is no complete checkpoint in `checkpoint`, or its weights are not
+                those of the model that its settings describe.
+            DataError: the tokenizer is not there.
         """
-        if find_checkpoint(checkpoint, iteration) is None:
-            raise CheckpointError(f"{checkpoint} holds no complete checkpoint")
-        self.args, self.model, self.runtime = _load(checkpoint, device, iteration)
+        directory = find_checkpoint(checkpoint, iteration)
+        saved = None if directory is None else read_checkpoint_args(directory)
+        if directory is None or saved is None:
+            raise CheckpointError(f"{checkpoint} holds no complete torch_dist checkpoint")
+        flags = _flags(checkpoint, saved, iteration, tokenizer_model)
+        self.args, self.model, self.runtime = _load(directory, saved, flags, device)
         from megatron.training import get_tokenizer
 
         self.tokenizer: Any = get_tokenizer()
@@ -71,7 +93,52 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _load(checkpoint: Path, device: str, iteration: int | None) -> tuple[Any, Any, Any]:
+def _flags(
+    checkpoint: Path, saved: Namespace, iteration: int | None, tokenizer_model: Path | None
+) -> list[str]:
+    """The command line of a run that only loads."""
+    tokenizer = str(tokenizer_model or saved.tokenizer_model or "")
+    if tokenizer:
+        check_tokenizer_path(saved.tokenizer_type, tokenizer)
+    return [
+        *("--load", str(checkpoint), "--use-checkpoint-args", "--mock-data"),
+        *(["--ckpt-step", str(iteration)] if iteration is not None else []),
+        *(["--tokenizer-model", tokenizer] if tokenizer else []),
+        *("--no-use-tokenizer-model-from-checkpoint-args", "--no-load-optim", "--no-load-rng"),
+        *("--tokenizer-type", saved.tokenizer_type, "--micro-batch-size", "1"),
+    ]
+
+
+def _model_settings(saved: Namespace) -> dict[str, Any]:
+    """Every saved argument that shapes the model.
+
+    ``--use-checkpoint-args`` alone restores a fixed list, from which some are missing (QK norm, for
+    one), and would build another model without a word.
+    """
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    layout = {field.name for field in fields(ModelParallelConfig)}
+    names = {field.name for field in fields(TransformerConfig)} - layout - set(CPU_DEFAULTS)
+    names |= {"norm_epsilon", "vocab_size"}
+    return {name: value for name, value in vars(saved).items() if name in names}
+
+
+def _check_weights(model: Any, directory: Path) -> None:
+    """Megatron passes over weights that the model does not ask for; so it is asked here."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    wanted = {getattr(item, "key", name) for name, item in model.sharded_state_dict().items()}
+    stored = set(load_tensors_metadata(str(directory)))
+    left = sorted(k for k in stored - wanted if not k.startswith(("optimizer", "chained_")))
+    if left:
+        raise CheckpointError(
+            f"{directory} holds weights that its own settings do not account for: "
+            f"{', '.join(left[:5])}"
+        )
+
+
+def _load(directory: Path, saved: Namespace, flags: list[str], device: str) -> tuple[Any, Any, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.checkpointing import load_checkpoint
@@ -83,20 +150,15 @@ def _load(checkpoint: Path, device: str, iteration: int | None) -> tuple[Any, An
     from topk_megatron.train.main import be_one_process, parse
 
     be_one_process()
-    step = [] if iteration is None else ["--ckpt-step", str(iteration)]
-    sys.argv = [
-        sys.argv[0],
-        *("--load", str(checkpoint), *step, "--use-checkpoint-args", "--mock-data"),
-        *("--no-load-optim", "--no-load-rng"),
-        *("--micro-batch-size", "1", "--attention-backend", "unfused"),
-    ]
+    sys.argv = [sys.argv[0], *flags]
     patch_dataset_compiler()
-    args, config = parse(device)
+    args, config = parse(device, _model_settings(saved))
     initialize_megatron()
     runtime = TopKRuntime(config, probing=False)
     builder = bind_topk(gpt_config_from_args(args), runtime)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = builder.get_builder_cls()(builder).build_model(groups).eval()
+    _check_weights(model, directory)
     load_checkpoint([model], None, None)
     runtime.begin_iteration(max(0, args.iteration - 1))
     return args, model, runtime

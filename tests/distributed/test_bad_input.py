@@ -67,7 +67,7 @@ def test_wrong_command_is_one_clear_line(name: str, flags: list[str]) -> None:
     assert complaint in run.error_line()
     # torchrun reports the failed rank in its own words; the rank itself must not trace back.
     assert "[rank0]" not in run.output
-    assert "training ..." not in run.output
+    assert "before the start of training step" not in run.output
 
 
 def test_broken_index_is_named(flags: list[str], tmp_path: Path) -> None:

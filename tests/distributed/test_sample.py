@@ -42,7 +42,7 @@ def test_the_sampled_model_has_the_norms_it_was_trained_with(checkpoint: Path) -
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("change", "complaint"),
     [
         (["--load", "/no/such/place"], "holds no complete torch_dist checkpoint"),
         (["--iteration", "7"], "no complete checkpoint of iteration 7"),
@@ -50,8 +50,8 @@ def test_the_sampled_model_has_the_norms_it_was_trained_with(checkpoint: Path) -
         (["--temperature", "nan"], "--temperature must be at least 0"),
     ],
 )
-def test_wrong_input_is_one_line(flags: list[str], complaint: str, checkpoint: Path) -> None:
-    done = sample(checkpoint, *flags)
+def test_wrong_input_is_one_line(change: list[str], complaint: str, checkpoint: Path) -> None:
+    done = sample(checkpoint, *change)
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

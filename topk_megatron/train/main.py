@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.config import TopKConfig
-from topk_megatron.errors import ConfigError
+from topk_megatron.errors import ConfigError, UserError
 
 # Megatron validates by assertions and by stumbling; while it reads arguments, both are the user's.
 _REFUSALS = (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeError, OSError)
@@ -33,15 +33,9 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     check_arguments(parse_args(provider), device)
     try:
         args = parse_and_validate_args(extra_args_provider=provider)
-    except (
-        AssertionError,
-        ValueError,
-        TypeError,
-        ZeroDivisionError,
-        RuntimeError,
-        OSError,
-    ) as error:
-        # Megatron validates by assertions, and by stumbling; both come from the command line here.
+    except UserError:
+        raise
+    except _REFUSALS as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     config = choose_settings(args)
     args.topk = config.to_dict()

@@ -4,9 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from topk_megatron.testing.launch import REPOSITORY
+
+# Wall time is never what a test asserts; the first example of a kernel pays for loading it.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 
 def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -142,7 +142,7 @@ class TestSettingsOfTheCheckpoint:
         assert "k: 8 of 64" in succeeded(pretrain(1, *flags, *TOPK, *start)).output
 
     def test_tokenizer_of_another_size_is_refused(
-        self, flags: list[str], initial: Path, corpus: Path, tmp_path: Path
+        self, flags: list[str], initial: Path, corpus: Path, dataset: Path, tmp_path: Path
     ) -> None:
         from tests.conftest import run_tool
 
@@ -152,7 +152,11 @@ class TestSettingsOfTheCheckpoint:
             *("--input", f"{corpus}/*.txt", "--output", other, "--vocab-size", "600"),
         )
         assert made.returncode == 0, made.stderr
-        run = pretrain(1, *flags, *TOPK, "--load", initial, "--tokenizer-model", other)
+        # Data without a manifest, which would tell of the mistake before the checkpoint does.
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"text{suffix}").symlink_to(f"{dataset}{suffix}")
+        change = ["--tokenizer-model", str(other), "--data-path", str(tmp_path / "text")]
+        run = pretrain(1, *flags, *TOPK, "--load", initial, *change)
         assert run.returncode != 0
         assert "trained with 512 pieces" in run.error_line()
         assert "has 600" in run.error_line()

@@ -48,25 +48,10 @@ def megatron_flags(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def build(args: Any, runtime: Any) -> Any:
-    """A training-mode GPT model, with TopK layers if there is a runtime."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from topk_megatron.model.spec import bind_topk
-
-    config = gpt_config_from_args(args)
-    if runtime is not None:
-        config = bind_topk(config, runtime)
-    model = config.get_builder_cls()(config).build_model(
-        ProcessGroupCollection.use_mpu_process_groups()
-    )
-    return model.to(torch.cuda.current_device()).train()
-
-
 def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
     """Model and runtime by name, all with the same weights."""
     from topk_megatron.model.runtime import TopKRuntime
+    from topk_megatron.model.spec import build_model
 
     runtimes = {
         "dense": None,
@@ -74,7 +59,11 @@ def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
         "topk": TopKRuntime(config),
         "topk, logged step": TopKRuntime(config),
     }
-    built = {name: (build(args, runtime), runtime) for name, runtime in runtimes.items()}
+    where = torch.cuda.current_device()
+    built = {
+        name: (build_model(args, runtime).to(where).train(), runtime)
+        for name, runtime in runtimes.items()
+    }
     for probe in runtimes["topk, logged step"].probes.values():  # pyright: ignore
         probe.measuring = True
     weights = built["dense"][0].state_dict()

@@ -5,6 +5,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from topk_megatron.testing.launch import read_scalars
+
 
 @dataclass(frozen=True)
 class Model:
@@ -22,11 +24,7 @@ class Model:
 
     def scalars(self, tag: str) -> dict[int, float]:
         """Logged values by iteration."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.directory / "tensorboard"), size_guidance={"scalars": 0})
-        events.Reload()
-        return {event.step: event.value for event in events.Scalars(tag)}
+        return read_scalars(self.directory / "tensorboard", tag)
 
     def validation_loss(self) -> float:
         """Loss on held-out plays after the last step, in nats a token."""

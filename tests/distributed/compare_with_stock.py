@@ -17,20 +17,6 @@ from topk_megatron.device import prepare_device
 STEPS = 20
 
 
-def build(args: Any, runtime: Any) -> Any:
-    """A GPT model: with TopK layers if there is a runtime, else as Megatron builds it."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from topk_megatron.model.spec import bind_topk
-
-    config = gpt_config_from_args(args)
-    if runtime is not None:
-        config = bind_topk(config, runtime)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return config.get_builder_cls()(config).build_model(groups)
-
-
 def batches(args: Any) -> list[tuple[torch.Tensor, ...]]:
     """Token ids of random documents: tokens, positions, mask, labels."""
     generator = torch.Generator().manual_seed(1)
@@ -73,15 +59,16 @@ def main() -> None:
 
     from topk_megatron.device.megatron_patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
+    from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import parse
 
     patch_dataset_compiler()
     args, config = parse(device)
     initialize_megatron()
-    stock, topk = build(args, None), build(args, TopKRuntime(config, probing=False))
+    stock, topk = build_model(args, None), build_model(args, TopKRuntime(config, probing=False))
     topk.load_state_dict(stock.state_dict())
     steps = [compare(stock, topk, batch) for batch in batches(args)]
-    fewer = build(args, TopKRuntime(replace(config, k=config.hidden_size - 1), probing=False))
+    fewer = build_model(args, TopKRuntime(replace(config, k=config.hidden_size - 1), probing=False))
     fewer.load_state_dict(stock.state_dict())
     report = {
         "stock_layers": sorted({type(layer).__name__ for layer in stock.decoder.layers}),

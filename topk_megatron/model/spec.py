@@ -9,6 +9,7 @@ import inspect
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from topk_megatron.model.norm import SequenceParallelNorm
@@ -35,6 +37,18 @@ def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
         topk_layer_spec, runtime, config.transformer_layer_spec
     )
     return config
+
+
+def build_model(args: Any, runtime: TopKRuntime | None) -> Any:
+    """One model chunk from Megatron's arguments; stock layers where `runtime` is None.
+
+    For whoever needs a model without a training run; process groups must be initialised.
+    """
+    config: Any = gpt_config_from_args(args)
+    if runtime is not None:
+        config = bind_topk(config, runtime)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return config.get_builder_cls()(config).build_model(groups)
 
 
 def topk_layer_spec(

@@ -80,12 +80,8 @@ class Run:
 
     def scalars(self, tag: str) -> dict[int, float]:
         """Logged values by iteration, exactly as the float32 that was logged."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
         assert self.tensorboard is not None
-        events = EventAccumulator(str(self.tensorboard), size_guidance={"scalars": 0})
-        events.Reload()
-        return {event.step: event.value for event in events.Scalars(tag)}
+        return read_scalars(self.tensorboard, tag)
 
     def losses(self) -> dict[int, float]:
         """Training loss by iteration, in nats a token."""
@@ -100,6 +96,15 @@ class Run:
         """The last line that starts with ``error:``; empty if there is none."""
         lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
         return lines[-1] if lines else ""
+
+
+def read_scalars(directory: Path, tag: str) -> dict[int, float]:
+    """Values by iteration from the TensorBoard events of `directory`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def pretrain(

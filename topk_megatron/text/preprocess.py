@@ -26,7 +26,7 @@ from topk_megatron.errors import DataError
 from topk_megatron.text.sources import BadLineError, Record, document, expand, read_records
 from topk_megatron.text.tokenizer import fingerprint, open_tokenizer
 
-# A name that no input can have: .json is one of theirs.
+# Not plain .json, which inputs have too; an input that is called this is refused.
 MANIFEST = ".manifest.json"
 SUFFIXES = (".bin", ".idx", MANIFEST)
 # Bytes of text handed to a worker at a time: large enough to hide the hand-over, small enough for

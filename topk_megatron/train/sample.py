@@ -139,14 +139,12 @@ def _check_weights(model: Any, directory: Path) -> None:
 
 
 def _load(directory: Path, saved: Namespace, flags: list[str], device: str) -> tuple[Any, Any, Any]:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
     from topk_megatron.device.megatron_patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
-    from topk_megatron.model.spec import bind_topk
+    from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import be_one_process, parse
 
     be_one_process()
@@ -155,9 +153,7 @@ def _load(directory: Path, saved: Namespace, flags: list[str], device: str) -> t
     args, config = parse(device, _model_settings(saved))
     initialize_megatron()
     runtime = TopKRuntime(config, probing=False)
-    builder = bind_topk(gpt_config_from_args(args), runtime)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = builder.get_builder_cls()(builder).build_model(groups).eval()
+    model = build_model(args, runtime).eval()
     _check_weights(model, directory)
     load_checkpoint([model], None, None)
     runtime.begin_iteration(max(0, args.iteration - 1))

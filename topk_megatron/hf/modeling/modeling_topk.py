@@ -8,6 +8,7 @@
         model.generate(...)
 
 Caching, masks, generation and the loss are Llama's own code; the layers are in `layers_topk`.
+transformers 4 copies only files that this one imports itself: every sibling must be among them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from .layers_topk import (
     TopKRouter,
     make_norm,
 )
+from .selection_topk import FUSED
 
 __all__ = [
     "Intervention",
@@ -53,6 +55,8 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
     """What transformers wants to know about the architecture."""
 
     config_class = TopKLMConfig
+    # Whether topk_megatron's operator selects; without it the definition does, with equal results.
+    fused_topk = FUSED
     _no_split_modules = ("TopKDecoderLayer",)
     _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKAttention}  # noqa: RUF012
 

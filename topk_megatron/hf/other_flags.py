@@ -67,7 +67,7 @@ TRAINING = frozenset(
     valid_data_path validation_set_names variable_seq_lengths verify_integrity vision_backbone_type
     vision_pretraining vision_pretraining_type vocab_extra_ids vocab_file vocab_size weight_decay
     weight_decay_incr_style window_attn_skip_freq
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 # Where it ran: other values for another layout or machine, so that they are not recorded.
@@ -225,5 +225,5 @@ LAYOUT_AND_MACHINE = frozenset(
     use_transformer_engine_op_fuser virtual_pipeline_model_parallel_size wandb_entity wandb_exp_name
     wandb_project wandb_save_dir wgrad_deferral_limit world_size yarn_beta_fast yarn_beta_slow
     yarn_correction_range_round_to_int yarn_original_max_position_embeddings
-    """.split()
+    """.split()  # noqa: SIM905
 )

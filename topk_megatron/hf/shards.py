@@ -1,8 +1,8 @@
 """Writes safetensors files tensor by tensor, without holding a file's content in memory.
 
 The format (8 bytes of header length, a JSON header, the tensors' bytes) needs all names, dtypes and
-shapes first, which the mapping knows before a weight is read. One tensor is in memory at a time, and
-equal weights give equal bytes.
+shapes first, which the mapping knows before a weight is read. One tensor is in memory at a time,
+and equal weights give equal bytes.
 """
 
 import json

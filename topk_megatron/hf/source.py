@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as the converter sees it: configuration, TopK settings, pieces of weights."""
+"""A Megatron checkpoint as the converter sees it: configuration, TopK settings, weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +102,8 @@ class MegatronSource:
             found = tuple(self.reader.tensors[key].size[len(lead) :])
             if found != expected:
                 raise CheckpointError(
-                    f"{self.reader.directory}: {key} has shape {list(found)} where the checkpoint's "
-                    f"own settings say {list(expected)}"
+                    f"{self.reader.directory}: {key} has shape {list(found)} where the "
+                    f"checkpoint's own settings say {list(expected)}"
                 )
         return places
 
@@ -158,7 +158,8 @@ class MegatronSource:
 def topk_section(config: TopKConfig | None, iteration: int) -> dict[str, Any]:
     """``topk`` of the exported configuration, with the k of the last step that was taken."""
     if config is None or not config.layers:
-        return dict(site="residual", k=None, layers=[], mode="value", mlp_k=None, mlp_groups=None)
+        unused = dict.fromkeys(("k", "mlp_k", "mlp_groups"))
+        return {"site": "residual", "layers": [], "mode": "value", **unused}
     settings = config.to_dict()
     return {
         "site": settings.get("site", "residual"),

@@ -20,6 +20,7 @@ ALLOWED = {
     "model": {"config", "errors", "ops", "schedule"},
     "train": {"config", "device", "errors", "model", "text"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
+    "evaluation": {"errors", "text"},
     "testing": {"cli", "device", "model", "ops", "train"},
 }
 

@@ -33,7 +33,8 @@ class OpenModel:
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without anything added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose: a document may well be longer than the context; it is cut into windows.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def open_model(directory: Path, *, dtype: str = "float32", device: str = "cpu") -> OpenModel:

@@ -15,6 +15,7 @@ from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
 from topk_megatron.hf.export import DTYPES, ExportSettings, export_checkpoint
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
+from topk_megatron.hf.trajectory import export_trajectory
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -108,6 +109,10 @@ def _to_hf(args: argparse.Namespace) -> None:
         tokenizer_model=args.tokenizer_model,
         tokenizer=not args.no_tokenizer,
     )
+    if args.all_iterations:
+        revisions = export_trajectory(args.load, args.save, settings, progress=progress)
+        print(f"{args.save}: {len(revisions)} revisions, see trajectory.json")
+        return
     source = export_checkpoint(
         args.load, args.save, settings, iteration=args.iteration, progress=progress
     )

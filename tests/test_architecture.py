@@ -20,7 +20,7 @@ ALLOWED = {
     "model": {"config", "errors", "ops", "schedule"},
     "train": {"config", "device", "errors", "model", "text"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

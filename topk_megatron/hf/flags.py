@@ -277,6 +277,12 @@ def _experts(args: Namespace, config: Config) -> Config:
 
 
 def _check_routing(args: Namespace) -> None:
+    if args.add_bias_linear:
+        raise CheckpointError(
+            "the checkpoint has experts and add_bias_linear=True: Megatron then adds a bias to the "
+            "router, which has no counterpart in the exported model; it can be "
+            "--disable-bias-linear"
+        )
     if args.moe_router_score_function not in ("softmax", "sigmoid"):
         raise CheckpointError(
             f"the checkpoint's --moe-router-score-function {args.moe_router_score_function} has no "

@@ -19,6 +19,7 @@ from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.target import HuggingFaceSource
 from topk_megatron.hf.tokenizer import SENTENCEPIECE
 from topk_megatron.hf.torch_dist_writer import Chunk, write_torch_dist
+from topk_megatron.hf.weights import SafetensorsFile
 from topk_megatron.train.resume import TRACKER
 
 _TOKENIZER_FILES = (
@@ -226,13 +227,7 @@ def _padding(source: HuggingFaceSource, piece: Piece, padded: int, whole: Tensor
     rows = whole.new_zeros(count, whole.shape[1])
     path = source.directory / PADDING_FILE
     if path.is_file():
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:  # pyright: ignore
-                kept = file.get_tensor(piece.huggingface[0])[:count]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+        kept = SafetensorsFile(path).read(piece.huggingface[0])[:count]
         rows[: len(kept)] = kept
     return rows
 

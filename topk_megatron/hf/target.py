@@ -86,7 +86,7 @@ class HuggingFaceSource:
         dtype = self.weights.dtype(_EMBEDDING)
         self.args = Namespace(
             **write_args(self.config),
-            **_UNTRAINED,
+            **UNTRAINED,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
@@ -97,7 +97,7 @@ class HuggingFaceSource:
 
 
 # What Megatron wants to know of a run that has not begun.
-_UNTRAINED: dict[str, Any] = {
+UNTRAINED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "consumed_train_samples": 0,
     "consumed_valid_samples": 0,

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {"config", "device", "errors", "model", "text"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
     "evaluation": {"errors", "text"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

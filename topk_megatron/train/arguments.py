@@ -8,7 +8,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
+from topk_megatron.config import (
+    DEFAULT_HIDDEN_PER_K,
+    DEFAULT_LAYERS,
+    Anneal,
+    Mode,
+    Site,
+    TopKConfig,
+)
 from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
@@ -78,6 +85,27 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="iteration from which k is --topk-k; required unless --topk-anneal is constant",
     )
     group.add_argument(
+        "--topk-site",
+        choices=get_args(Site),
+        help="where the layers of --topk-layers have their TopK: on the residual stream after the "
+        "layer, on the activation inside the MLP, or both (default: residual)",
+    )
+    group.add_argument(
+        "--topk-mlp-k",
+        type=int,
+        metavar="K",
+        help="units of the MLP's activation that survive, of --ffn-hidden-size; required by "
+        "--topk-site mlp and both",
+    )
+    group.add_argument(
+        "--topk-mlp-groups",
+        type=int,
+        metavar="G",
+        help="select K / G units in each of G equal groups of the ffn dimension, without "
+        "communication when the tensor-parallel size divides G (default: the K largest of all, "
+        "over all tensor-parallel ranks)",
+    )
+    group.add_argument(
         "--topk-override",
         action="store_true",
         help="resume although the checkpoint was made with other TopK settings",
@@ -141,6 +169,8 @@ def _check_topk(args: Namespace) -> None:
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is required")
     config = TopKConfig.from_args(args)
+    if config.site != "residual":
+        raise ConfigError(f"--topk-site {config.site} is not there yet; use residual")
     if args.topk_silent_tokens < 1:
         raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
     if args.cuda_graph_impl != "none" and config.layers:

@@ -17,8 +17,9 @@ ALLOWED = {
     "cli": {"errors"},
     "device": set(),
     "text": {"errors"},
-    "model": {"config", "errors", "ops", "schedule"},
-    "train": {"config", "device", "errors", "model", "text"},
+    "parallel": {"config", "errors", "ops", "schedule"},
+    "model": {"config", "errors", "ops", "parallel", "schedule"},
+    "train": {"config", "device", "errors", "model", "ops", "parallel", "schedule", "text"},
     "testing": {"cli", "device", "model", "ops", "train"},
 }
 

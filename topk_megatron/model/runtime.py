@@ -28,7 +28,8 @@ class TopKRuntime:
 
     def register(self, layer: int) -> None:
         """Announce a TopK layer built on this rank, numbered from 0 over the whole model."""
-        self.probes[layer] = LayerProbe(self.config.hidden_size)
+        if layer in self.config.residual_layers:
+            self.probes[layer] = LayerProbe(self.config.hidden_size)
 
     def apply(self, hidden_states: Tensor, layer: int, *, training: bool) -> Tensor:
         """TopK over the hidden dimension.

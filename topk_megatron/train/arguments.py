@@ -169,8 +169,6 @@ def _check_topk(args: Namespace) -> None:
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is required")
     config = TopKConfig.from_args(args)
-    if config.site != "residual":
-        raise ConfigError(f"--topk-site {config.site} is not there yet; use residual")
     if args.topk_silent_tokens < 1:
         raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
     if args.cuda_graph_impl != "none" and config.layers:
@@ -184,10 +182,33 @@ def _check_topk(args: Namespace) -> None:
                 "statistics of TopK layers are not gathered when a CUDA graph is replayed; "
                 "use --no-topk-metrics or --cuda-graph-impl none"
             )
+    if args.cuda_graph_impl != "none" and config.mlp_layers:
+        raise ConfigError(
+            f"--topk-site {config.site} is not made for CUDA graphs; use --cuda-graph-impl none"
+        )
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format} does not carry the TopK settings in a way that is "
             "checked on resuming; use torch_dist"
+        )
+
+
+def check_mlp(args: Namespace, config: TopKConfig) -> None:
+    """Refuse MLP settings that do not fit the model, once Megatron has set its sizes.
+
+    Raises:
+        ConfigError: one line that says what to change. Widths of experts are checked when the
+            model is built.
+    """
+    from topk_megatron.model.mlp import check_fit
+
+    if not config.mlp_layers:
+        return
+    if args.num_experts is None:
+        check_fit(config, args.ffn_hidden_size, args.tensor_model_parallel_size)
+    elif args.moe_grouped_gemm:
+        raise ConfigError(
+            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
         )
 
 

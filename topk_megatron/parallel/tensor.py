@@ -78,7 +78,9 @@ def _all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[..., C] of each rank to [..., size * C] on every rank."""
     size = group.size()
     gathered = values.new_empty((size, *values.shape))
-    dist.all_gather_into_tensor(gathered.view(-1), values.view(-1), group=group)
+    # torch 2.14 renamed it.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered.view(-1), values.view(-1), group=group)
     return gathered.movedim(0, -2).reshape(*values.shape[:-1], size * values.shape[-1])
 
 

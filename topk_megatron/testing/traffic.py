@@ -13,12 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Methods whose first tensor argument is what this rank contributes.
-_KINDS = {"send": 0, "_allgather_base": 1, "allgather": 1}
+# Methods, the kind that they are counted as, and the argument with what this rank contributes.
+# Gathers into one tensor have another name since torch 2.14.
+_METHODS = {
+    "send": ("send", 0),
+    "allgather": ("all_gather", 1),
+    "_allgather_base": ("all_gather", 1),
+    "all_gather_single": ("all_gather", 1),
+}
 
 
 class Traffic:
-    """Bytes and messages since the count began, by kind (``send``, ``_allgather_base``, …)."""
+    """Bytes and messages since the count began, by kind (``send``, ``all_gather``)."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -43,19 +49,22 @@ def _flatten(tensors: Any) -> Iterator[Tensor]:
 def counted_traffic() -> Iterator[Traffic]:
     """Count all traffic of this process inside the ``with``."""
     traffic, group_class = Traffic(), dist.ProcessGroup
-    originals = {kind: getattr(group_class, kind) for kind in _KINDS}
+    # The descriptors themselves: a method fetched from the class would not bind when put back.
+    originals = {name: vars(group_class)[name] for name in _METHODS if name in vars(group_class)}
 
-    def counting(kind: str, position: int) -> Any:
+    def counting(name: str) -> Any:
+        kind, position = _METHODS[name]
+
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             traffic.add(kind, args[position])
-            return originals[kind](self, *args, **kwargs)
+            return originals[name].__get__(self)(*args, **kwargs)
 
         return method
 
-    for kind, position in _KINDS.items():
-        setattr(group_class, kind, counting(kind, position))
+    for name in originals:
+        setattr(group_class, name, counting(name))
     try:
         yield traffic
     finally:
-        for kind, original in originals.items():
-            setattr(group_class, kind, original)
+        for name, original in originals.items():
+            setattr(group_class, name, original)

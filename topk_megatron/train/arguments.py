@@ -19,6 +19,7 @@ from topk_megatron.config import (
 from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
+from topk_megatron.train.arguments_parallel import add_parallel_arguments, check_parallel
 from topk_megatron.train.data_files import check_data_files
 
 # What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
@@ -123,6 +124,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         dest="topk_metrics",
         help="do not gather or log density, kept norm and silent neurons of TopK layers",
     )
+    add_parallel_arguments(group)
     return parser
 
 
@@ -186,29 +188,11 @@ def _check_topk(args: Namespace) -> None:
         raise ConfigError(
             f"--topk-site {config.site} is not made for CUDA graphs; use --cuda-graph-impl none"
         )
+    check_parallel(args, config)
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format} does not carry the TopK settings in a way that is "
             "checked on resuming; use torch_dist"
-        )
-
-
-def check_mlp(args: Namespace, config: TopKConfig) -> None:
-    """Refuse MLP settings that do not fit the model, once Megatron has set its sizes.
-
-    Raises:
-        ConfigError: one line that says what to change. Widths of experts are checked when the
-            model is built.
-    """
-    from topk_megatron.model.mlp import check_fit
-
-    if not config.mlp_layers:
-        return
-    if args.num_experts is None:
-        check_fit(config, args.ffn_hidden_size, args.tensor_model_parallel_size)
-    elif args.moe_grouped_gemm:
-        raise ConfigError(
-            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
         )
 
 

@@ -26,7 +26,8 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from topk_megatron.train.arguments import arguments_provider, check_arguments, check_mlp
+    from topk_megatron.train.arguments import arguments_provider, check_arguments
+    from topk_megatron.train.arguments_parallel import check_mlp
     from topk_megatron.train.resume import choose_settings
 
     provider = arguments_provider(device, defaults)
@@ -112,6 +113,7 @@ def run(device: str) -> None:
     from topk_megatron.model.spec import bind_topk
     from topk_megatron.train.data import datasets_provider
     from topk_megatron.train.metrics import install_metrics
+    from topk_megatron.train.pipeline import install_parallel
     from topk_megatron.train.resume import prepare_resume
     from topk_megatron.train.step import ForwardStep
 
@@ -123,6 +125,7 @@ def run(device: str) -> None:
     prepare_resume(args, config)
     runtime = TopKRuntime(config, probing=args.topk_metrics)
     install_metrics(runtime)
+    install_parallel(args, runtime)
     model = bind_topk(gpt_config_from_args(args), runtime)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

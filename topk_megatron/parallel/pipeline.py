@@ -1,10 +1,10 @@
 """Sparse transport between pipeline stages: k values of H forward, k gradient entries back.
 
 `SparseP2PCommunicator` is Megatron's `P2PCommunicator` with another content of the messages. At a
-boundary after a TopK layer the hidden state's entries off S are zero, so that its k values and S are
-all of it; and of its gradient only the entries on S survive the TopK's backward. The transport is
-lossless, and losses and weight gradients are bitwise those of dense transport. Everywhere else, and
-while k is so large that nothing is gained, messages are dense.
+boundary after a TopK layer the hidden state's entries off S are zero, so that its k values and S
+are all of it; and of its gradient only the entries on S survive the TopK's backward. The transport
+is lossless, and losses and weight gradients are bitwise those of dense transport. Everywhere else,
+and while k is so large that nothing is gained, messages are dense.
 
 What a message looks like is `topk_megatron.parallel.wire`, which one comes when is
 `topk_megatron.parallel.stages`. S of each microbatch in flight is kept on both sides until its

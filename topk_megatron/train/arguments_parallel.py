@@ -36,6 +36,10 @@ def check_parallel(args: Namespace, config: TopKConfig) -> None:
     Raises:
         ConfigError: names the flag to change.
     """
+    if config.mlp_layers and args.moe_grouped_gemm:
+        raise ConfigError(
+            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
+        )
     if args.topk_verify is not None:
         if args.topk_verify < 1:
             raise ConfigError(f"--topk-verify must be at least 1, got {args.topk_verify}")
@@ -103,11 +107,5 @@ def check_mlp(args: Namespace, config: TopKConfig) -> None:
     """
     from topk_megatron.model.mlp import check_fit
 
-    if not config.mlp_layers:
-        return
-    if args.num_experts is None:
+    if config.mlp_layers and args.num_experts is None:
         check_fit(config, args.ffn_hidden_size, args.tensor_model_parallel_size)
-    elif args.moe_grouped_gemm:
-        raise ConfigError(
-            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
-        )

@@ -1,8 +1,8 @@
 """Puts sparse transport, sparse saving and the check of settings into Megatron's training loop.
 
 `pretrain()` accepts a P2PCommunicator, but one is made from a pipeline group, and the groups are
-made inside `pretrain()`. Megatron asks for its schedule (`get_forward_backward_func`) after that, on
-every rank, once before training and in every evaluation: there the communicator is added to the
+made inside `pretrain()`. Megatron asks for its schedule (`get_forward_backward_func`) after that,
+on every rank, once before training and in every evaluation: there the communicator is added to the
 schedule's arguments, with the process groups that the schedule would choose itself.
 """
 
@@ -10,6 +10,7 @@ import functools
 from argparse import Namespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
@@ -94,8 +95,11 @@ class ParallelFeatures:
 
     def _report(self, iteration: int) -> None:
         counts = self.verifier.take_counts()
-        text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        print_rank_last(f" topk verify {iteration + 1:8d} | bitwise equal on this rank: {text} |")
+        device = torch.cuda.current_device()
+        total = torch.tensor(list(counts.values()), dtype=torch.int64, device=device)
+        dist.all_reduce(total)
+        text = ", ".join(f"{n} {kind}" for n, kind in zip(total.tolist(), counts, strict=True))
+        print_rank_last(f" topk verify {iteration + 1:8d} | bitwise equal on all ranks: {text} |")
 
 
 def _default_groups() -> Any:

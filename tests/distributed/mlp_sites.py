@@ -82,6 +82,7 @@ def build(args: Any, gated: bool, biased: bool, expert: bool) -> Any:
     config.gated_linear_unit, config.add_bias_linear = gated, biased
     config.activation_func = torch.nn.functional.silu if gated else torch.nn.functional.gelu
     config.hidden_size, config.ffn_hidden_size = HIDDEN, WIDTH
+    group: Any
     if expert:
         group = parallel_state.get_expert_tensor_parallel_group()
     else:

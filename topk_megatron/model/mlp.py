@@ -84,9 +84,10 @@ def add_topk(layer: torch.nn.Module, config: TopKConfig) -> None:
             "experts); use --topk-site residual, or drop --moe-grouped-gemm and --use-te-op-fuser"
         )
     for mlp in mlps:
-        size = mlp.tp_group.size()
+        group: Any = mlp.tp_group
+        size = group.size()
         check_fit(config, local_width(mlp) * size, size)
-        mlp.topk = TopKActivation(config, mlp.tp_group)
+        mlp.topk = TopKActivation(config, group)
         mlp.topk.attach(mlp)
 
 

@@ -45,7 +45,8 @@ class ParallelFeatures:
     def check_once(self) -> None:
         """Compare the settings of all ranks, the first time."""
         if not self._checked:
-            check_same_settings(get_args())
+            settings: Any = get_args()
+            check_same_settings(settings)
             self._checked = True
 
     def schedule(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +72,9 @@ class ParallelFeatures:
             return
         self._prepared = True
         if self.sends_sparsely:
+            group: Any = mpu.get_pipeline_model_parallel_group()
             self.communicator = SparseP2PCommunicator(
-                mpu.get_pipeline_model_parallel_group(),
+                group,
                 get_model_config(model[0]),
                 hidden_size=self.runtime.config.hidden_size,
                 sparse_out=[self._ends_in_topk(chunk) for chunk in model],

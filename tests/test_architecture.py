@@ -20,7 +20,9 @@ ALLOWED = {
     "parallel": {"config", "errors", "ops", "schedule"},
     "model": {"config", "errors", "ops", "parallel", "schedule"},
     "train": {"config", "device", "errors", "model", "ops", "parallel", "schedule", "text"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "hf": {"config", "errors", "ops", "schedule", "train"},
+    "evaluation": {"errors", "text"},
+    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

@@ -62,7 +62,8 @@ TRAINING = frozenset(
     tokenizer_hf_no_use_fast tokenizer_model tokenizer_sentencepiece_ignore_extra_whitespaces
     tokenizer_sentencepiece_legacy tokenizer_type tokenizer_vocab_size topk_anneal
     topk_anneal_begin topk_anneal_end topk_anneal_start_k topk_k topk_layers topk_mlp_groups
-    topk_mlp_k topk_mode topk_silent_tokens topk_site train_data_path train_iters train_samples transformer_impl
+    topk_mlp_k topk_mode topk_silent_tokens topk_site train_data_path
+    train_iters train_samples transformer_impl
     use_layer_wise_distributed_optimizer use_layer_wise_param_layout use_legacy_static_engine
     use_one_sent_docs use_precision_aware_optimizer use_rotary_position_embeddings v_head_dim
     valid_data_path validation_set_names variable_seq_lengths verify_integrity

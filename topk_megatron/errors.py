@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, or was made with other settings than this run's."""
+
+
+class AnalysisError(UserError):
+    """A measurement that was asked for cannot be made of this model, corpus or study."""

@@ -7,7 +7,7 @@ packed behind each other as in training.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Corpus:
 
 def open_corpus(
     path: str,
-    tokenizer: Any,
+    tokenizer: Callable[[], Any],
     *,
     documents: str | None = None,
     max_tokens: int | None = None,
@@ -79,7 +79,7 @@ def open_corpus(
 
     Args:
         path: prefix of ``.bin`` and ``.idx``, or a text file, glob or directory of .txt/.md/.jsonl.
-        tokenizer: the model's; used for text files only.
+        tokenizer: gives the model's; called for text files only.
         documents: ``FIRST:LAST`` in Python's sense (``-4:`` are the last four); None takes all.
         max_tokens: keep the first so many tokens.
 
@@ -90,7 +90,7 @@ def open_corpus(
     if Path(f"{prefix}.idx").exists():
         corpus = _open_megatron(prefix)
     else:
-        corpus = _open_text(path, tokenizer)
+        corpus = _open_text(path, tokenizer())
     corpus = _select(corpus, documents, max_tokens)
     if not len(corpus.tokens):
         raise DataError(f"the corpus {path} is empty: it holds no token to record")

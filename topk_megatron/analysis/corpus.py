@@ -133,7 +133,9 @@ def _open_megatron(prefix: str) -> Corpus:
             raise DataError(f"{data} is shorter than {index} says; it is damaged or half copied")
         if total == 0:
             return Corpus(prefix, "megatron", np.zeros(0, np.int32), np.zeros(1, np.int64))
-        tokens = np.memmap(data, dtype=dtype, mode="r", shape=(data.stat().st_size // dtype.itemsize,))
+        tokens = np.memmap(
+            data, dtype=dtype, mode="r", shape=(data.stat().st_size // dtype.itemsize,)
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -209,13 +211,17 @@ def _select(corpus: Corpus, documents: str | None, max_tokens: int | None) -> Co
         end = min(end, begin + max_tokens)
     starts = corpus.starts[first : max(first, last) + 1] - begin
     starts = np.append(starts[starts < end - begin], end - begin)
-    return Corpus(corpus.path, corpus.kind, corpus.tokens[begin:end], starts, corpus.tokenizer_sha256)
+    return Corpus(
+        corpus.path, corpus.kind, corpus.tokens[begin:end], starts, corpus.tokenizer_sha256
+    )
 
 
 def _range(text: str, documents: int) -> tuple[int, int]:
     try:
         first, last = (int(part) if part else None for part in text.split(":"))
     except ValueError as error:
-        raise DataError(f"--documents takes FIRST:LAST such as 0:10 or -4:, got {text!r}") from error
+        raise DataError(
+            f"--documents takes FIRST:LAST such as 0:10 or -4:, got {text!r}"
+        ) from error
     begin, end, _ = slice(first, last).indices(documents)
     return begin, end

@@ -159,9 +159,7 @@ def _example_table(best: dict[str, np.ndarray], layer: int, sizes: Sizes) -> pa.
     return pa.table(columns, schema=tables.EXAMPLES)
 
 
-def _blocks(
-    paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray
-) -> Iterator[pa.Table]:
+def _blocks(paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray) -> Iterator[pa.Table]:
     found: list[list[np.ndarray]] = []
     for block, path in enumerate(paths):
         part = parts.read(path, layer, ("keys", "counts", "mass"))

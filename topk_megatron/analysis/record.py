@@ -227,7 +227,9 @@ class _Recorder:
         for layer, (values, neurons) in states.items():
             for name, found in {
                 **histogram(neurons, values, tokens, self.sizes),
-                **{f"moments/{n}": a for n, a in moments(neurons, values, self.sizes.width).items()},
+                **{
+                    f"moments/{n}": a for n, a in moments(neurons, values, self.sizes.width).items()
+                },
                 **{
                     f"top/{n}": a
                     for n, a in top_examples(neurons, values, text, self.sizes).items()

@@ -190,7 +190,9 @@ def make_source(
     if folder.topk_layers:
         if k is not None or sae:
             what = "--sae is" if sae else "--k is"
-            raise AnalysisError(f"{what} for dense models; {folder.path} has TopK layers of its own")
+            raise AnalysisError(
+                f"{what} for dense models; {folder.path} has TopK layers of its own"
+            )
         return TopKSource(folder, choose_layers(folder, layers))
     if sae:
         from topk_megatron.analysis.sae_files import load_saes

@@ -13,9 +13,13 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", required=True, help="prefix of a Megatron dataset, or text files (name or glob)"
     )
-    parser.add_argument("--documents", metavar="A:B", help="only these, as in Python: -4: is the last four")
+    parser.add_argument(
+        "--documents", metavar="A:B", help="only these, as in Python: -4: is the last four"
+    )
     parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
-    parser.add_argument("--seq-length", type=int, help="tokens of a sequence (default: the model's)")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens of a sequence (default: the model's)"
+    )
     parser.add_argument("--batch-size", type=int, help="sequences of a forward pass")
 
 
@@ -47,7 +51,9 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
     add_corpus_arguments(parser)
     parser.add_argument("--layers", help="0-3, 0,2, all, all,-2 (default: the TopK layers)")
     parser.add_argument("--k", type=int, help="neurons to keep of a dense model")
-    parser.add_argument("--mode", choices=("value", "abs"), default="value", help="dense model's rule")
+    parser.add_argument(
+        "--mode", choices=("value", "abs"), default="value", help="dense model's rule"
+    )
     parser.add_argument(
         "--sae", type=Path, nargs="+", default=[], help="SAE directories, a layer each"
     )

@@ -171,7 +171,10 @@ def main() -> None:
             one_size(args.one, Path(directory))
         elif args.scaling:
             columns = ("record s", "of it passes", "entropy s", "us/token", "peak GB")
-            print(f"{'tokens':>12}" + "".join(f"{c:>{12 + 2 * (n == 3)}}" for n, c in enumerate(columns)))
+            print(
+                f"{'tokens':>12}"
+                + "".join(f"{c:>{12 + 2 * (n == 3)}}" for n, c in enumerate(columns))
+            )
             for size in args.scaling:
                 subprocess.run([sys.executable, __file__, "--one", str(size)], check=True)
         else:

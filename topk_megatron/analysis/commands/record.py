@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.commands import positive
-
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose text; shared by the commands that run a model over a corpus."""
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from topk_megatron.analysis.corpus import open_corpus
     from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.ranks import join_ranks
-    from topk_megatron.analysis.record import RecordConfig, record
+    from topk_megatron.analysis.record import record
     from topk_megatron.analysis.source import make_source
     from topk_megatron.analysis.study import read_json
 

@@ -25,7 +25,7 @@ def make_tokenizer(directory: Path, words: list[str]) -> None:
 
 
 def make_model(directory: Path, *, layers: tuple[int, ...], seed: int, iteration: int = 0) -> Path:
-    """A random model of 3 layers with a TopK at `layers`, saved as tools/convert_checkpoint.py does."""
+    """A random model of 3 layers with a TopK at `layers`, saved as an export is."""
     from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
 
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 Legend: N neurons, V tokens, E examples of a neuron.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,7 +157,7 @@ def telling_tokens(histogram: Histogram, marginal: np.ndarray) -> dict[str, list
         starts = np.searchsorted(groups[order], np.arange(histogram.width + 1))
         parts = [
             order[begin : min(begin + LISTED_TOKENS, end)]
-            for begin, end in zip(starts[:-1], starts[1:], strict=True)
+            for begin, end in itertools.pairwise(starts)
         ]
         found[names[0]] = [histogram.tokens[part] for part in parts]
         found[names[1]] = [values[part] for part in parts]

@@ -8,7 +8,7 @@ import argparse
 import importlib
 from typing import Any
 
-MODULES = ("record", "entropy")
+MODULES = ("record", "entropy", "track")
 
 
 def register_all(commands: "argparse._SubParsersAction[Any]") -> None:

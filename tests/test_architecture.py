@@ -19,7 +19,9 @@ ALLOWED = {
     "text": {"errors"},
     "model": {"config", "errors", "ops", "schedule"},
     "train": {"config", "device", "errors", "model", "text"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "hf": {"config", "errors", "ops", "schedule", "train"},
+    "evaluation": {"errors", "text"},
+    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

@@ -62,7 +62,7 @@ class LayerEntropies:
 
 def layer_examples(run: Run, layer: int) -> LayerExamples:
     """Read a layer's examples and windows."""
-    table = run.examples.filter(pa.compute.equal(run.examples["layer"], layer))  # pyright: ignore
+    table = run.examples.filter(pa.array(run.examples["layer"].to_numpy() == layer))
     wanted = run.manifest["top_n"]
     neurons = table["neuron"].to_numpy()
     counts = np.bincount(neurons, minlength=run.width)

@@ -48,7 +48,7 @@ def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -
 
 
 def js_similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """1 - Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 is disjoint, NaN without counts."""
+    """1 - Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 disjoint, NaN without counts."""
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = (x / x.sum(axis=-1, keepdims=True) for x in (one, other))
         middle = (p + q) / 2

@@ -102,10 +102,7 @@ def _formation(
     config: TrackConfig, runs: list[Run], histograms: list[Histogram], found: list[Columns]
 ) -> Columns:
     similarity = np.stack([columns["similarity"] for columns in found])
-    steps = [
-        1 - js_of_histograms(one, two)
-        for one, two in itertools.pairwise(histograms)
-    ]
+    steps = [1 - js_of_histograms(one, two) for one, two in itertools.pairwise(histograms)]
     drift = np.stack(steps)
     return {
         "specialised_at": stays_from(np.stack([columns["specialised"] for columns in found])),

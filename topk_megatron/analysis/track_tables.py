@@ -166,10 +166,13 @@ def _summary(
                 if interval is not None:
                     rows.append(
                         {
-                            "iteration": revision.iteration, "layer": layer,
-                            "measure": measure, "neurons": interval.n,
+                            "iteration": revision.iteration,
+                            "layer": layer,
+                            "measure": measure,
+                            "neurons": interval.n,
                             "mean": interval.value,
-                            "low": interval.low, "high": interval.high,
+                            "low": interval.low,
+                            "high": interval.high,
                         }
                     )
     return rows

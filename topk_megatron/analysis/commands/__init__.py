@@ -8,7 +8,7 @@ import argparse
 import importlib
 from typing import Any
 
-MODULES = ("record", "entropy", "track")
+MODULES = ("record", "entropy", "track", "steer")
 
 
 def register_all(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -110,7 +110,9 @@ def _neuron_rows(run: Run, steered: Steered) -> list[dict[str, Any]]:
         subject = steered.subjects[trial.subject]
         rows.append(
             {
-                "run": run.name, "layer": subject.layer, "neuron": subject.neuron,
+                "run": run.name,
+                "layer": subject.layer,
+                "neuron": subject.neuron,
                 "steered_neuron": subject.control if trial.control else subject.neuron,
                 "control": trial.control,
                 **measure(subject, trial, steered.base),
@@ -134,9 +136,12 @@ def _sample_rows(run: Run, steered: Steered) -> list[dict[str, Any]]:
         subject = steered.subjects[trial.subject]
         rows += [
             {
-                "layer": subject.layer, "neuron": subject.neuron,
-                "strength": trial.strength, "sample": number,
-                "prompt": prompts[number], "unsteered": unsteered[number],
+                "layer": subject.layer,
+                "neuron": subject.neuron,
+                "strength": trial.strength,
+                "sample": number,
+                "prompt": prompts[number],
+                "unsteered": unsteered[number],
                 "steered": text(tokens),
             }
             for number, tokens in enumerate(trial.tokens)
@@ -151,8 +156,12 @@ def _token_rows(steered: Steered) -> list[dict[str, Any]]:
             found = change.topk(min(LISTED, len(change)), largest=largest)
             rows += [
                 {
-                    "layer": subject.layer, "neuron": subject.neuron, "direction": direction,
-                    "rank": rank, "token": token, "change": value,
+                    "layer": subject.layer,
+                    "neuron": subject.neuron,
+                    "direction": direction,
+                    "rank": rank,
+                    "token": token,
+                    "change": value,
                 }
                 for rank, (value, token) in enumerate(
                     zip(found.values.tolist(), found.indices.tolist(), strict=True)
@@ -184,9 +193,14 @@ def _summary(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, 
         assert interval is not None
         found.append(
             {
-                "layer": layer, "strength": strength, "control": control, "measure": name,
-                "neurons": interval.n, "mean": interval.value,
-                "low": interval.low, "high": interval.high,
+                "layer": layer,
+                "strength": strength,
+                "control": control,
+                "measure": name,
+                "neurons": interval.n,
+                "mean": interval.value,
+                "low": interval.low,
+                "high": interval.high,
                 **{f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES},
             }
         )

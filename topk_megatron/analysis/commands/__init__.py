@@ -8,7 +8,7 @@ import argparse
 import importlib
 from typing import Any
 
-MODULES = ("record", "entropy", "track", "steer")
+MODULES = ("record", "entropy", "track", "steer", "sae")
 
 
 def register_all(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -23,3 +23,7 @@ class TransportError(RuntimeError):
 
 class VerificationError(RuntimeError):
     """A sparse form did not give back the dense tensor bit for bit: a bug, never the user's."""
+
+
+class AnalysisError(UserError):
+    """A measurement that was asked for cannot be made of this model, corpus or study."""

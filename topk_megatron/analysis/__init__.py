@@ -1,0 +1,1 @@
+"""What the neurons of an exported model mean. Works on Hugging Face folders; needs no Megatron."""

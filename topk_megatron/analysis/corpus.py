@@ -1,0 +1,227 @@
+"""The text that neurons are studied on: one stream of token ids, cut into documents.
+
+A Megatron dataset (``.bin``/``.idx``) is mapped into memory and never read as a whole; text files
+go through the model's own tokenizer. Models see the stream in sequences of equal length, documents
+packed behind each other as in training.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topk_megatron.errors import DataError
+from topk_megatron.text.sources import BadLineError, document, expand, read_records
+
+_INDEX_HEADER = b"MMIDIDX\x00\x00"
+_INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_HASH_CHUNK = 1 << 22
+# Fixed part of an .idx file: header, version, dtype code, number of sequences and of documents.
+_INDEX_FIXED_BYTES = 9 + 8 + 1 + 8 + 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A stream of tokens.
+
+    Attributes:
+        path: where it came from, as the user gave it.
+        kind: ``megatron`` or ``text``.
+        tokens: int [tokens], ids of all documents in a row.
+        starts: int64 [documents + 1], position of each document's first token, and the end.
+        tokenizer_sha256: of the tokenizer that made a Megatron dataset, None where not known.
+    """
+
+    path: str
+    kind: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    tokenizer_sha256: str | None = None
+
+    def documents_of(self, positions: np.ndarray) -> np.ndarray:
+        """Number of the document at each position, int32."""
+        return (np.searchsorted(self.starts, positions, side="right") - 1).astype(np.int32)
+
+    def sequences(self, first: int, last: int, length: int) -> np.ndarray:
+        """Tokens [first, last) as int64, the part of the stream that a block covers."""
+        assert first % length == 0
+        return np.asarray(self.tokens[first:last], dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of tokens and document ends; equal for equal text, however stored."""
+        digest = hashlib.sha256()
+        for begin in range(0, len(self.tokens), _HASH_CHUNK):
+            digest.update(np.asarray(self.tokens[begin : begin + _HASH_CHUNK], "<i4").tobytes())
+        digest.update(self.starts.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """Occurrences of every token, int64 [vocab_size]."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for begin in range(0, len(self.tokens), _HASH_CHUNK):
+            chunk = np.asarray(self.tokens[begin : begin + _HASH_CHUNK], dtype=np.int64)
+            counts += np.bincount(chunk, minlength=vocab_size)
+        return counts
+
+
+def open_corpus(
+    path: str,
+    tokenizer: Callable[[], Any],
+    *,
+    documents: str | None = None,
+    max_tokens: int | None = None,
+) -> Corpus:
+    """Open a Megatron dataset by its prefix, or text files by name or glob.
+
+    Args:
+        path: prefix of ``.bin`` and ``.idx``, or a text file, glob or directory of .txt/.md/.jsonl.
+        tokenizer: gives the model's; called for text files only.
+        documents: ``FIRST:LAST`` in Python's sense (``-4:`` are the last four); None takes all.
+        max_tokens: keep the first so many tokens.
+
+    Raises:
+        DataError: nothing there, unreadable, or no token is left.
+    """
+    prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
+    if Path(f"{prefix}.idx").exists():
+        corpus = _open_megatron(prefix)
+    else:
+        corpus = _open_text(path, tokenizer())
+    corpus = _select(corpus, documents, max_tokens)
+    if not len(corpus.tokens):
+        raise DataError(f"the corpus {path} is empty: it holds no token to record")
+    return corpus
+
+
+def check_tokenizer(corpus: Corpus, folder: Path, vocab_size: int) -> None:
+    """Refuse a corpus whose ids are not this model's.
+
+    Raises:
+        DataError: an id that the model does not have, or a dataset made by another tokenizer.
+    """
+    highest = max(
+        int(corpus.tokens[begin : begin + _HASH_CHUNK].max())
+        for begin in range(0, len(corpus.tokens), _HASH_CHUNK)
+    )
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer does not fit: {corpus.path} holds token {highest}, but the model in "
+            f"{folder} has tokens 0 to {vocab_size - 1}; use the tokenizer that it was trained with"
+        )
+    model = folder / "tokenizer.model"
+    if corpus.tokenizer_sha256 and model.is_file():
+        found = hashlib.sha256(model.read_bytes()).hexdigest()
+        if found != corpus.tokenizer_sha256:
+            raise DataError(
+                f"the tokenizer does not fit: {corpus.path} was made with another tokenizer than "
+                f"{model}; tokenize the text again with that one"
+            )
+
+
+def _open_megatron(prefix: str) -> Corpus:
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    try:
+        dtype, lengths, pointers, documents = _read_index(index)
+        if not data.exists():
+            raise DataError(f"{data} is missing beside {index}")
+        total = int(lengths.sum())
+        if data.stat().st_size < total * dtype.itemsize:
+            raise DataError(f"{data} is shorter than {index} says; it is damaged or half copied")
+        if total == 0:
+            return Corpus(prefix, "megatron", np.zeros(0, np.int32), np.zeros(1, np.int64))
+        tokens = np.memmap(
+            data, dtype=dtype, mode="r", shape=(data.stat().st_size // dtype.itemsize,)
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read the dataset {prefix}: {error}") from error
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
+        raise DataError(f"the sequences of {index} do not lie one behind the other in {data}")
+    return Corpus(prefix, "megatron", tokens[:total], ends[documents], _made_with(prefix))
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Token dtype, sequence lengths int32, byte offsets and document starts int64."""
+    raw = path.read_bytes()
+    if not raw.startswith(_INDEX_HEADER) or len(raw) < _INDEX_FIXED_BYTES:
+        raise DataError(f"{path} is no Megatron index (.idx)")
+    code = raw[17]
+    if code not in _INDEX_DTYPES:
+        raise DataError(f"{path} holds data of type code {code}; token ids are integers")
+    sequences, documents = np.frombuffer(raw, "<u8", count=2, offset=18).astype(int)
+    offset = _INDEX_FIXED_BYTES
+    if len(raw) < offset + 12 * sequences + 8 * documents:
+        raise DataError(f"{path} is shorter than its header says; it is damaged or half copied")
+    lengths = np.frombuffer(raw, "<i4", count=sequences, offset=offset)
+    pointers = np.frombuffer(raw, "<i8", count=sequences, offset=offset + 4 * sequences)
+    starts = np.frombuffer(raw, "<i8", count=documents, offset=offset + 12 * sequences)
+    return np.dtype(_INDEX_DTYPES[code]), lengths, pointers, starts
+
+
+def _made_with(prefix: str) -> str | None:
+    manifest = Path(f"{prefix}.manifest.json")
+    if not manifest.exists():
+        return None
+    try:
+        return json.loads(manifest.read_text()).get("tokenizer_sha256")
+    except ValueError as error:
+        raise DataError(f"{manifest} is no JSON: {error}") from error
+
+
+def _open_text(path: str, tokenizer: Any) -> Corpus:
+    end = getattr(tokenizer, "eos_token_id", None)
+    pieces: list[np.ndarray] = []
+    for text in _texts(path):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids:
+            pieces.append(np.asarray([*ids, *([] if end is None else [end])], dtype=np.int32))
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    return Corpus(path, "text", tokens, starts)
+
+
+def _texts(path: str) -> Iterator[str]:
+    folder = Path(path)
+    known = ("*.txt", "*.md", "*.jsonl")
+    patterns = [str(folder / "**" / k) for k in known if any(folder.rglob(k))]
+    if folder.is_dir() and not patterns:
+        raise DataError(f"the corpus {path} is empty: the directory holds no {', '.join(known)}")
+    for file in expand(patterns or [path]):
+        for record in read_records(file):
+            try:
+                yield document(record, "text")
+            except BadLineError as error:
+                raise DataError(f"{record.path}:{record.line}: {error}") from error
+
+
+def _select(corpus: Corpus, documents: str | None, max_tokens: int | None) -> Corpus:
+    first, last = 0, len(corpus.starts) - 1
+    if documents is not None:
+        first, last = _range(documents, last)
+    begin, end = int(corpus.starts[first]), int(corpus.starts[max(first, last)])
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise DataError(f"--max-tokens must be at least 1, got {max_tokens}")
+        end = min(end, begin + max_tokens)
+    starts = corpus.starts[first : max(first, last) + 1] - begin
+    starts = np.append(starts[starts < end - begin], end - begin)
+    return Corpus(
+        corpus.path, corpus.kind, corpus.tokens[begin:end], starts, corpus.tokenizer_sha256
+    )
+
+
+def _range(text: str, documents: int) -> tuple[int, int]:
+    try:
+        first, last = (int(part) if part else None for part in text.split(":"))
+    except ValueError as error:
+        raise DataError(
+            f"--documents takes FIRST:LAST such as 0:10 or -4:, got {text!r}"
+        ) from error
+    begin, end, _ = slice(first, last).indices(documents)
+    return begin, end

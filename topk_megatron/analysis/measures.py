@@ -1,0 +1,179 @@
+"""The numbers of docs/analysis.md: entropies, similarities of distributions, intervals.
+
+Legend: N neurons, V tokens. A distribution over tokens is a row of non-negative counts or mass that
+need not sum to 1. Entropies and divergences are in bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import digamma
+
+from topk_megatron.analysis.study import Histogram
+
+_LN2 = float(np.log(2))
+_RESAMPLE_ENTRIES = 1 << 22
+
+
+def plugin_entropy(weights: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    """H = log2 W - (1/W) Σ w log2 w of every group, W = Σ w; NaN for an empty group.
+
+    Args:
+        weights: [entries], > 0: counts or mass of distinct outcomes.
+        groups: int [entries], the group of each.
+        num_groups: number of groups.
+    """
+    weights = weights.astype(np.float64)
+    total = np.bincount(groups, weights=weights, minlength=num_groups)
+    inner = np.bincount(groups, weights=weights * np.log2(weights), minlength=num_groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = np.log2(total) - inner / total
+    return np.where(total > 0, np.maximum(entropy, 0.0), np.nan)
+
+
+def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    """Entropy of every group with Zhang's correction for the sample's size.
+
+    H = (ψ(n) - (1/n) Σ c ψ(c)) / ln 2, n = Σ c. The plug-in entropy misses about (S - 1) / (2 n
+    ln 2) bits where S tokens occur; this one's bias decays exponentially in n (Zhang, Neural
+    Computation 24, 2012). It is 0 for a single outcome, as it must be.
+    """
+    counts = counts.astype(np.float64)
+    total = np.bincount(groups, weights=counts, minlength=num_groups)
+    inner = np.bincount(groups, weights=counts * digamma(counts), minlength=num_groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = (digamma(total) - inner / total) / _LN2
+    return np.where(total > 0, np.maximum(entropy, 0.0), np.nan)
+
+
+def js_similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """1 - Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 disjoint, NaN without counts."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p, q = (x / x.sum(axis=-1, keepdims=True) for x in (one, other))
+        middle = (p + q) / 2
+        parts = [np.where(x > 0, x * np.log2(x / middle), 0.0).sum(axis=-1) / 2 for x in (p, q)]
+    valid = (one.sum(axis=-1) > 0) & (other.sum(axis=-1) > 0)
+    return np.where(valid, np.clip(1 - parts[0] - parts[1], 0, 1), np.nan)
+
+
+def affinity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Bhattacharyya coefficients Σ √(p q) of all pairs of rows, [N, V] and [M, V] to [N, M]."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        roots = [np.sqrt(np.nan_to_num(x / x.sum(axis=-1, keepdims=True))) for x in (one, other)]
+    return roots[0] @ roots[1].T
+
+
+def dense_counts(histogram: Histogram, neurons: np.ndarray | None = None) -> np.ndarray:
+    """Counts of all or some neurons as float64 [N, V]."""
+    if neurons is None:
+        neurons = np.arange(histogram.width)
+    rows = np.zeros((len(neurons), histogram.vocab_size))
+    for row, neuron in enumerate(neurons):
+        tokens, counts, _ = histogram.of(int(neuron))
+        rows[row, tokens] = counts
+    return rows
+
+
+def js_of_histograms(
+    one: Histogram, other: Histogram, partner: np.ndarray | None = None, chunk: int = 256
+) -> np.ndarray:
+    """`js_similarity` of neuron n of `one` to neuron partner[n] of `other`, float64 [N]."""
+    partner = np.arange(other.width) if partner is None else partner
+    found = np.empty(one.width)
+    for begin in range(0, one.width, chunk):
+        part = np.arange(begin, min(begin + chunk, one.width))
+        found[part] = js_similarity(dense_counts(one, part), dense_counts(other, partner[part]))
+    return found
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval; n is the number of things that it is a mean of."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `resamples` draws with replacement, float64 [resamples]."""
+    count = len(values)
+    means = np.empty(resamples)
+    step = max(1, _RESAMPLE_ENTRIES // max(count, 1))
+    for begin in range(0, resamples, step):
+        end = min(begin + step, resamples)
+        means[begin:end] = values[rng.integers(0, count, (end - begin, count))].mean(axis=1)
+    return means
+
+
+def mean_interval(
+    values: np.ndarray, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Interval | None:
+    """Mean with a percentile bootstrap interval over the values; NaN are left out, None if none."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    means = resampled_means(values, resamples, np.random.default_rng(seed))
+    return _percentiles(float(values.mean()), means, confidence, len(values))
+
+
+def difference_interval(
+    one: np.ndarray,
+    other: np.ndarray,
+    *,
+    paired: bool = False,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval | None:
+    """Difference of means with its bootstrap interval; paired resamples the differences."""
+    if paired:
+        return mean_interval(one - other, resamples=resamples, confidence=confidence, seed=seed)
+    one, other = one[~np.isnan(one)], other[~np.isnan(other)]
+    if not len(one) or not len(other):
+        return None
+    rng = np.random.default_rng(seed)
+    means = resampled_means(one, resamples, rng) - resampled_means(other, resamples, rng)
+    count = min(len(one), len(other))
+    return _percentiles(float(one.mean() - other.mean()), means, confidence, count)
+
+
+def normal_interval(value: float, replicates: np.ndarray, confidence: float, n: int) -> Interval:
+    """Value ± z times the replicates' standard deviation, for estimators that resampling biases."""
+    from scipy.stats import norm
+
+    reach = float(norm.ppf((1 + confidence) / 2)) * float(replicates.std(ddof=1))
+    return Interval(value, value - reach, value + reach, n)
+
+
+def _percentiles(value: float, replicates: np.ndarray, confidence: float, n: int) -> Interval:
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(replicates, [tail, 100 - tail])
+    return Interval(value, float(low), float(high), n)
+
+
+def block_replicates(
+    counts: np.ndarray,
+    blocks: np.ndarray,
+    pairs: np.ndarray,
+    measure: Callable[[np.ndarray], float],
+    weights: np.ndarray,
+) -> np.ndarray:
+    """A measure of counts under resampled blocks.
+
+    Args:
+        counts: [entries] of (pair, block).
+        blocks: int [entries].
+        pairs: int [entries], number of the (neuron, token) pair.
+        measure: of the counts of all pairs [pairs].
+        weights: int [resamples, blocks], how often each block was drawn.
+    """
+    num_pairs = int(pairs.max()) + 1
+    return np.array(
+        [
+            measure(np.bincount(pairs, weights=counts * weight[blocks], minlength=num_pairs))
+            for weight in weights
+        ]
+    )

@@ -19,6 +19,7 @@ ALLOWED = {
     "text": {"errors"},
     "model": {"config", "errors", "ops", "schedule"},
     "train": {"config", "device", "errors", "model", "text"},
+    "hf": {"config", "errors", "ops", "schedule", "train"},
     "testing": {"cli", "device", "model", "ops", "train"},
 }
 

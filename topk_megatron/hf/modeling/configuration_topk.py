@@ -90,7 +90,7 @@ class TopKLMConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.topk = topk
+        self.topk: dict[str, Any] = topk or {}
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -126,13 +126,9 @@ class TopKLMConfig(PretrainedConfig):
         self._check()
         self._explicit = sorted({*vars(self), *_TOKENS, "tie_word_embeddings"})
         kwargs.pop("rms_norm_eps", None)
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        tokens = (bos_token_id, eos_token_id, pad_token_id)
+        shared = dict(zip(_TOKENS, tokens, strict=True), tie_word_embeddings=tie_word_embeddings)
+        super().__init__(**shared, **kwargs)
         # transformers 4 keeps them to itself where they are None.
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = pad_token_id
@@ -209,7 +205,7 @@ class TopKLMConfig(PretrainedConfig):
     def _check_topk(self) -> None:
         topk = self.topk
         if not isinstance(topk, dict) or set(topk) != set(TOPK_KEYS):
-            found = sorted(topk) if isinstance(topk, dict) else topk
+            found = (sorted(topk) if isinstance(topk, dict) else topk) or "nothing"
             raise ValueError(
                 f"topk must have exactly the keys {', '.join(TOPK_KEYS)}, got {found}; this is not "
                 "the configuration of a TopK language model, or it was edited"

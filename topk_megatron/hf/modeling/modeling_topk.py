@@ -8,6 +8,7 @@
         model.generate(...)
 
 Caching, masks, generation and the loss are Llama's own code; the layers are in `layers_topk`.
+transformers 4 copies only files that this one imports itself: every sibling must be among them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from .layers_topk import (
     TopKRouter,
     make_norm,
 )
+from .selection_topk import FUSED
 
 __all__ = [
     "Intervention",
@@ -53,6 +55,8 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
     """What transformers wants to know about the architecture."""
 
     config_class = TopKLMConfig
+    # Whether topk_megatron's operator selects; without it the definition does, with equal results.
+    fused_topk = FUSED
     _no_split_modules = ("TopKDecoderLayer",)
     _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKAttention}  # noqa: RUF012
 
@@ -119,7 +123,7 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
 
     def _activations(self, site: str) -> dict[int, TopKActivation]:
         """The TopK activations of one site by layer; those inside experts are not among them."""
-        layers = getattr(self, self.base_model_prefix, self).layers
+        layers: Any = getattr(self, self.base_model_prefix, self).layers
         holders = [layer.mlp if site == "mlp" else layer for layer in layers]
         return {n: holder.topk for n, holder in enumerate(holders) if hasattr(holder, "topk")}
 
@@ -177,7 +181,7 @@ class TopKLMModel(TopKLMPreTrainedModel, LlamaModel):
             TopKDecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
-        self.rotary_emb = TopKRotaryEmbedding(config=config)
+        self.rotary_emb = TopKRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()
 

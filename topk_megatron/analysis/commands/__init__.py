@@ -8,7 +8,7 @@ import argparse
 import importlib
 from typing import Any
 
-MODULES = ("record", "entropy")
+MODULES = ("record", "entropy", "report")
 
 
 def register_all(commands: "argparse._SubParsersAction[Any]") -> None:

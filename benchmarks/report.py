@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.analysis.browser import chromium  # noqa: E402
-from tests.analysis.studies import Invention  # noqa: E402
-from topk_megatron.analysis.report import ReportConfig, write_report  # noqa: E402
+from tests.analysis.browser import chromium
+from tests.analysis.studies import Invention
+from topk_megatron.analysis.report import ReportConfig, write_report
 
 _TIMES = """() => ({
   first: performance.getEntriesByName('first-view')[0].startTime,

@@ -1,5 +1,6 @@
 """Invented studies of any size, with every table that a report reads, for tests and benchmarks."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ class Invention:
         write_table(directory / "neurons.parquet", self._neurons())
         numbers = np.arange(self.vocab, dtype=np.int32)
         columns = {"token": numbers, "text": self.texts, "count": numbers.astype(np.int64)}
-        write_table(
-            directory / "vocabulary.parquet", pa.table(columns, schema=tables.VOCABULARY)
-        )
+        write_table(directory / "vocabulary.parquet", pa.table(columns, schema=tables.VOCABULARY))
         write_table(directory / "examples.parquet", self._examples())
         for layer in range(self.layers):
             path = directory / "histograms" / f"layer-{layer:03d}.parquet"
@@ -149,7 +148,9 @@ class Invention:
         rows = [row("topk", Interval(3.1, 3.0, 3.2, size)), row("dense", Interval(5, 4.9, 5.1, 9))]
         gap = ("topk - dense", Interval(-1.9, -2.1, -1.7, size))
         sentence = "TopK neurons are more specialised than those of <b>the dense twin</b>"
-        claims = [claim("entropy", "entropy", sentence, "token entropy", "bits", rows, difference=gap)]
+        claims = [
+            claim("entropy", "entropy", sentence, "token entropy", "bits", rows, difference=gap)
+        ]
         write_claims(self.study, "entropy", claims)
         refused = None if semantic else "no embedding model is installed"
         write_json(directory / "parameters.json", {"runs": [self.run], "semantic_refused": refused})
@@ -157,12 +158,15 @@ class Invention:
 
     def _entropy_summary(self) -> list[dict[str, Any]]:
         spread = {"resampled": "neurons", "p10": 1.0, "p50": 3.0, "p90": 6.0, "neurons": self.width}
+        levels = {"topk": ("topk", 3.1), "topk:shuffled": ("shuffled", 7.4), "dense": ("dense", 5)}
+        places = itertools.product(range(-1, self.layers), ("token_entropy", "semantic_entropy"))
         return [
-            {"run": run, "kind": kind, "layer": layer, "measure": measure, **interval(level), **spread}
-            for run, kind, level in (("topk", "topk", 3.1), ("topk:shuffled", "shuffled", 7.4), ("dense", "dense", 5.0))
-            for layer in (-1, *range(self.layers))
-            for measure in ("token_entropy", "semantic_entropy")
-        ]  # fmt: skip
+            {"run": run, "kind": kind, "layer": layer, "measure": measure}
+            | interval(level + layer / 10)
+            | spread
+            for layer, measure in places
+            for run, (kind, level) in levels.items()
+        ]
 
     def track(self) -> "Invention":
         """track/."""
@@ -185,11 +189,15 @@ class Invention:
             "formed_iteration": when, "drift": drift, "late_drift": drift / 2,
         }  # fmt: skip
         write_table(directory / "neurons.parquet", pa.table(columns))
+        levels = {
+            "similarity": 0.2, "other_similarity": 0.02, "specialised": 0.1, "token_entropy": 1.0,
+        }  # fmt: skip
         rows = [
-            {"iteration": iteration, "layer": -1, "measure": measure, "neurons": size, **interval(level * (number + 1))}
+            {"iteration": iteration, "layer": -1, "measure": measure, "neurons": size}
+            | interval(level * (number + 1))
             for number, iteration in enumerate(ITERATIONS)
-            for measure, level in (("similarity", 0.2), ("other_similarity", 0.02), ("specialised", 0.1), ("token_entropy", 1.0))
-        ]  # fmt: skip
+            for measure, level in levels.items()
+        ]
         write_table(directory / "summary.parquet", pa.Table.from_pylist(rows))
         write_claims(self.study, "track", [])
         write_json(directory / "parameters.json", {"runs": []})
@@ -198,25 +206,29 @@ class Invention:
     def steer(self, neurons: int = 4) -> "Invention":
         """steer/, of the first neurons of layer 0."""
         directory = self.study / "steer"
-        grid = [(n, s, c) for n in range(neurons) for s in STRENGTHS for c in (False, True)]
+        pushed = [{"layer": 0, "neuron": n} for n in range(neurons)]
+        grid = list(itertools.product(STRENGTHS, (False, True)))
         rows = [
-            {"run": self.run, "layer": 0, "neuron": n, "strength": s, "control": c, "success": 0.0 if c else s / 10 + n / 100, "damage": s / 3, "repetition": 0.1}
-            for n, s, c in grid
+            one | {"run": self.run, "strength": s, "control": c, "damage": s / 3, "repetition": 0.1}
+            | {"success": 0.0 if c else s / 10 + one["neuron"] / 100}
+            for one in pushed for s, c in grid
         ]  # fmt: skip
         write_table(directory / "neurons.parquet", pa.Table.from_pylist(rows))
+        texts = {"prompt": "To be", "unsteered": " or not <i>to</i> be", "steered": " king king"}
         samples = [
-            {"layer": 0, "neuron": n, "strength": s, "sample": 0, "prompt": "To be", "unsteered": " or not <i>to</i> be", "steered": " king king king"}
-            for n in range(neurons) for s in STRENGTHS
+            one | {"strength": s, "sample": 0} | texts for one in pushed for s in STRENGTHS
         ]  # fmt: skip
         write_table(directory / "samples.parquet", pa.Table.from_pylist(samples))
+        signs = {"promoted": 1, "suppressed": -1}
         tokens = [
-            {"layer": 0, "neuron": n, "direction": d, "rank": r, "token": n + r, "change": sign * (5.0 - r)}
-            for n in range(neurons) for d, sign in (("promoted", 1), ("suppressed", -1)) for r in range(3)
+            one | {"direction": direction, "rank": r, "token": 9 + r, "change": sign * (5.0 - r)}
+            for one in pushed for direction, sign in signs.items() for r in range(3)
         ]  # fmt: skip
         write_table(directory / "tokens.parquet", pa.Table.from_pylist(tokens))
         summary = [
-            {"layer": -1, "strength": s, "control": c, "measure": m, "neurons": neurons, **interval(0.01 if c else s / 10)}
-            for s in STRENGTHS for c in (False, True) for m in ("success", "damage")
+            {"layer": -1, "strength": s, "control": c, "measure": measure, "neurons": neurons}
+            | interval(0.01 if c else s / 10)
+            for s, c in grid for measure in ("success", "damage")
         ]  # fmt: skip
         write_table(directory / "summary.parquet", pa.Table.from_pylist(summary))
         write_claims(self.study, "steer", [])

@@ -4,7 +4,7 @@ A card is an object; a part that was not measured is left out:
 
 | key | value |
 |---|---|
-| examples | [[value, document, position, target, [token, …], [[index, value], …]], …], strongest first |
+| examples | [[value, document, position, target, [token, …], [[index, value], …]], …] |
 | tokens | [[token, count], …], its most frequent tokens |
 | distinct | number of tokens that it fired on |
 | concept | [[token, lift], …] |
@@ -72,7 +72,9 @@ class CardReader:
         tokens, levels = context.flatten().to_numpy(), values.flatten().to_numpy()
         names = ("neuron", "value", "document", "position", "target")
         columns = [table[name].to_pylist() for name in names]
-        for row, (neuron, value, document, position, target) in enumerate(zip(*columns)):
+        for row, (neuron, value, document, position, target) in enumerate(
+            zip(*columns, strict=True)
+        ):
             part = slice(starts[row], starts[row + 1])
             window = levels[part]
             fired = [[int(i), short(float(window[i]), 3)] for i in np.nonzero(window)[0]]
@@ -124,9 +126,7 @@ class CardReader:
                 pair = [row["token"], short(row["change"], 3)]
                 measured.setdefault(row["direction"], []).append(pair)
 
-    def _rows(
-        self, name: str, layer: int, *columns: str, own: bool = True
-    ) -> list[dict[str, Any]]:
+    def _rows(self, name: str, layer: int, *columns: str, own: bool = True) -> list[dict[str, Any]]:
         """Rows of one layer of a result table, of this run if the table says of which they are."""
         path = self.study / name
         if not path.is_file():

@@ -22,7 +22,10 @@ _TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
         "steer/summary.parquet",
         ("layer", "strength", "control", "measure", "neurons", *_INTERVAL, *_PERCENTILES),
     ),
-    "sae": ("sae/summary.parquet", ("comparison", "layer", "a", "b", "measure", "neurons", *_INTERVAL)),
+    "sae": (
+        "sae/summary.parquet",
+        ("comparison", "layer", "a", "b", "measure", "neurons", *_INTERVAL),
+    ),
     "quality": (
         "sae/quality.parquet",
         ("layer", "seed", "explained_variance", "l0", "dead_share", "loss", "loss_without"),
@@ -96,7 +99,9 @@ def missing_parts(study: Path, run: Run) -> dict[str, str]:
     missing = {}
     for command in COMMANDS:
         if not (study / command / "parameters.json").is_file():
-            missing[command] = f"Not measured: tools/analyze.py {command} was not run on this study."
+            missing[command] = (
+                f"Not measured: tools/analyze.py {command} was not run on this study."
+            )
     entropy = study / "entropy" / "parameters.json"
     refused = read_json(entropy).get("semantic_refused") if entropy.is_file() else None
     if refused:

@@ -172,7 +172,7 @@ def test_card_shows_every_part(page: Any, study: Path, topk_folder: Path) -> Non
 
 def test_keyboard_alone_opens_cards(page: Any) -> None:
     page.locator("#list").focus()
-    for key in ("ArrowDown", "ArrowDown", "Enter"):
+    for key in ("Home", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     chosen = page.locator("#list .row[aria-selected=true] .name").inner_text()
     page.locator("#card h2", has_text=chosen).wait_for()

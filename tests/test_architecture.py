@@ -14,12 +14,14 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "schedule": {"config"},
-    "cli": {"errors"},
+    "exitcodes": set(),
+    "cli": {"errors", "exitcodes"},
+    "cluster": {"exitcodes"},
     "device": set(),
     "text": {"errors"},
     "model": {"config", "errors", "ops", "schedule"},
-    "train": {"config", "device", "errors", "model", "text"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "train": {"config", "device", "errors", "exitcodes", "model", "text"},
+    "testing": {"cli", "cluster", "device", "model", "ops", "train"},
 }
 
 

@@ -15,3 +15,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, or was made with other settings than this run's."""
+
+
+class RunError(UserError):
+    """A run that was going well cannot go on: a loss that is no number, a disk that is full.
+
+    One rank meets it and the others wait for that rank, so that it speaks at once.
+    """

@@ -105,20 +105,28 @@ def run(device: str) -> None:
     from topk_megatron.train.data import datasets_provider
     from topk_megatron.train.metrics import install_metrics
     from topk_megatron.train.resume import prepare_resume
+    from topk_megatron.train.save import report_failed_saves
     from topk_megatron.train.step import ForwardStep
+    from topk_megatron.train.stop import StopWatch
 
     be_one_process()
     patch_dataset_compiler()
     patch_checkpoint_save()
+    report_failed_saves()
     args, config = parse(device)
     announce(args, config, device)
     prepare_resume(args, config)
     runtime = TopKRuntime(config, probing=args.topk_metrics)
     install_metrics(runtime)
     model = bind_topk(gpt_config_from_args(args), runtime)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        ForwardStep(runtime),
+    watch = StopWatch()
+    watch.install()
+    watch.run(
+        args,
+        lambda: pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            ForwardStep(runtime),
+        ),
     )

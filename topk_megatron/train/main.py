@@ -105,14 +105,14 @@ def run(device: str) -> None:
     from topk_megatron.train.data import datasets_provider
     from topk_megatron.train.metrics import install_metrics
     from topk_megatron.train.resume import prepare_resume
-    from topk_megatron.train.save import report_failed_saves
+    from topk_megatron.train.save import guard_saves
     from topk_megatron.train.step import ForwardStep
     from topk_megatron.train.stop import StopWatch
 
     be_one_process()
     patch_dataset_compiler()
     patch_checkpoint_save()
-    report_failed_saves()
+    guard_saves()
     args, config = parse(device)
     announce(args, config, device)
     prepare_resume(args, config)

@@ -1,8 +1,15 @@
-"""A save that fails ends the run in one line that says what is left."""
+"""Saving under bad conditions: a full disk ends the run in one line, a signal waits its turn.
+
+Schedulers signal every process of a job and not the ranks alone. SIGTERM is therefore blocked while
+a checkpoint is written: the rank gets it afterwards, and the helper processes that write, which
+inherit the mask, never. Without that a second SIGTERM broke the very save that the first one asked
+for.
+"""
 
 import functools
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +21,30 @@ _WRITER = ("unexpected pos", "Worker failure", "PytorchStreamWriter")
 _FULL_BYTES = 64 * 1024**2  # less than a writer's buffers
 
 
-def report_failed_saves() -> None:
-    """Turn what the operating system refuses during a save into a `RunError`.
+def guard_saves() -> None:
+    """Block SIGTERM during saves, and turn what the disk refuses into a `RunError`.
 
     Megatron's writer raises in the rank whose file it was, and the others learn of it through a
     collective, or not at all.
     """
     from megatron.training import checkpointing, training
+    from torch.distributed.checkpoint.api import CheckpointException
 
     original = training.save_checkpoint
 
     @functools.wraps(original)
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return original(iteration, *args, **kwargs)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             settings: Any = training.get_args()
             save = Path(settings.save)
             if (reason := _refused(error, save)) is None:
                 raise
             raise RunError(_sentence(reason, save, iteration)) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     for module in (training, checkpointing):
         vars(module)["save_checkpoint"] = save_checkpoint

@@ -111,8 +111,6 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
         # step. Megatron's search for the hardware's part in it (--rerun-mode validate_results) is
         # experimental and lets the first step pass.
         parser.set_defaults(exit_signal_handler=True, rerun_mode="disabled")
-        # Schedulers signal every process of a job: data loading must outlive it until the save.
-        parser.set_defaults(exit_signal_handler_for_dataloader=True)
         if device == "cpu":
             parser.set_defaults(**CPU_DEFAULTS)
         parser.set_defaults(**(defaults or {}))

@@ -19,9 +19,13 @@ ALLOWED = {
     "cluster": {"exitcodes"},
     "device": set(),
     "text": {"errors"},
-    "model": {"config", "errors", "ops", "schedule"},
-    "train": {"config", "device", "errors", "exitcodes", "model", "text"},
-    "testing": {"cli", "cluster", "device", "model", "ops", "train"},
+    "parallel": {"config", "errors", "ops", "schedule"},
+    "model": {"config", "errors", "ops", "parallel", "schedule"},
+    "train": {"config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text"},
+    "plan": {"config", "errors"},
+    "hf": {"config", "errors", "ops", "schedule", "train"},
+    "evaluation": {"errors", "text"},
+    "testing": {"cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

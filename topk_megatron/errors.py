@@ -22,3 +22,11 @@ class RunError(UserError):
 
     One rank meets it and the others wait for that rank, so that it speaks at once.
     """
+
+
+class TransportError(RuntimeError):
+    """A pipeline rank is gone, or did not send what was due within the distributed timeout."""
+
+
+class VerificationError(RuntimeError):
+    """A sparse form did not give back the dense tensor bit for bit: a bug, never the user's."""

@@ -109,6 +109,16 @@ def _flags(
     ]
 
 
+# Arguments that shape the model and are not of TransformerConfig (see `gpt_config_from_args`).
+_OF_THE_MODEL = (
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "rotary_percent",
+    "rotary_base",
+)
+
+
 def _model_settings(saved: Namespace) -> dict[str, Any]:
     """Every saved argument that shapes the model.
 
@@ -120,7 +130,7 @@ def _model_settings(saved: Namespace) -> dict[str, Any]:
 
     layout = {field.name for field in fields(ModelParallelConfig)}
     names = {field.name for field in fields(TransformerConfig)} - layout - set(CPU_DEFAULTS)
-    names |= {"norm_epsilon", "vocab_size"}
+    names |= {"norm_epsilon", "vocab_size", *_OF_THE_MODEL}
     return {name: value for name, value in vars(saved).items() if name in names}
 
 

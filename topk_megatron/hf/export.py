@@ -1,0 +1,259 @@
+"""A Megatron checkpoint as a Hugging Face folder that opens by itself."""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topk_megatron.errors import CheckpointError
+from topk_megatron.hf import modeling
+from topk_megatron.hf.card import model_card
+from topk_megatron.hf.folder import new_folder, refuse_existing
+from topk_megatron.hf.names import Piece
+from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE
+from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
+from topk_megatron.hf.source import MegatronSource
+from topk_megatron.hf.splits import SPLITS
+from topk_megatron.hf.tokenizer import export_tokenizer
+from topk_megatron.train.resume import find_checkpoint
+
+TRAINING_FILE = "topk_training.json"
+PADDING_FILE = "vocabulary_padding.safetensors"
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CODE = Path(modeling.__file__).parent
+_AUTO_MAP = {
+    "AutoConfig": "configuration_topk.TopKLMConfig",
+    "AutoModel": "modeling_topk.TopKLMModel",
+    "AutoModelForCausalLM": "modeling_topk.TopKLMForCausalLM",
+}
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """How to export.
+
+    Attributes:
+        dense: the checkpoint is of stock Megatron and has no TopK settings.
+        dtype: a key of `DTYPES`; None keeps the checkpoint's.
+        shard_size: bytes of a safetensors file.
+        tokenizer_model: where the tokenizer is, if not where the training run found it.
+        tokenizer: False leaves it out.
+    """
+
+    dense: bool = False
+    dtype: str | None = None
+    shard_size: int = 2 * 2**30
+    tokenizer_model: str | None = None
+    tokenizer: bool = True
+
+
+def export_checkpoint(
+    load: Path,
+    save: Path,
+    settings: ExportSettings,
+    *,
+    iteration: int | None = None,
+    progress: Callable[[int], Progress] | None = None,
+) -> MegatronSource:
+    """Export one iteration (the latest, unless told which) to the new folder `save`.
+
+    Args:
+        load: the directory that was given to Megatron's ``--save``.
+        save: the folder to make.
+        settings: how.
+        iteration: which checkpoint.
+        progress: takes the bytes to come and gives a function that takes bytes done.
+
+    Raises:
+        CheckpointError, DataError: what cannot be exported; nothing is left at `save`.
+    """
+    refuse_existing(save)
+    directory = find_checkpoint(load, iteration) if load.is_dir() else None
+    if directory is None:
+        raise CheckpointError(f"{load} holds no complete torch_dist checkpoint")
+    source = MegatronSource(directory, dense=settings.dense, vocab_size=settings_vocab(settings))
+    with new_folder(save) as folder:
+        write_folder(source, folder, settings, progress)
+    return source
+
+
+def settings_vocab(settings: ExportSettings) -> int | None:
+    """Size of the tokenizer that the user names, for checkpoints that do not tell it."""
+    if settings.tokenizer_model is None or not settings.tokenizer_model.endswith(".model"):
+        return None
+    import sentencepiece
+
+    model: Any = sentencepiece.SentencePieceProcessor()
+    try:
+        model.load(settings.tokenizer_model)
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{settings.tokenizer_model} is not a sentencepiece model") from error
+    return int(model.get_piece_size())
+
+
+def write_folder(
+    source: MegatronSource,
+    folder: Path,
+    settings: ExportSettings,
+    progress: Callable[[int], Progress] | None = None,
+) -> None:
+    """Write all files; config.json comes last, so that a part of them never opens."""
+    tokens: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if settings.tokenizer:
+        tokens = _write_tokenizer(source, folder, settings)
+    _write_weights(source, folder, settings, progress)
+    for file in sorted(_CODE.glob("*.py")):
+        if file.name != "__init__.py":
+            shutil.copyfile(file, folder / file.name)
+    training = training_record(source)
+    config = full_config(source, settings, tokens)
+    _write_json(folder / TRAINING_FILE, training)
+    (folder / "README.md").write_text(model_card(config, training))
+    generation = {"do_sample": False, **{k: v for k, v in tokens.items() if v is not None}}
+    _write_json(folder / "generation_config.json", generation)
+    check_config(config)
+    _write_json(folder / "config.json", config)
+
+
+def full_config(
+    source: MegatronSource, settings: ExportSettings, tokens: dict[str, int | None]
+) -> dict[str, Any]:
+    """config.json."""
+    dtype = settings.dtype or str(source.dtype).removeprefix("torch.")
+    return {
+        "architectures": ["TopKLMForCausalLM"],
+        "auto_map": _AUTO_MAP,
+        "model_type": "topk_lm",
+        "dtype": dtype,
+        **source.config,
+        "rms_norm_eps": source.config["norm_eps"],
+        "use_cache": True,
+        **tokens,
+    }
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Let the model's own code say whether it can be that model."""
+    from topk_megatron.hf.modeling.configuration_topk import TopKLMConfig
+
+    try:
+        TopKLMConfig(**{k: v for k, v in config.items() if k not in ("auto_map", "model_type")})
+    except ValueError as error:
+        raise CheckpointError(f"the exported model would not open: {error}") from error
+
+
+def training_record(source: MegatronSource) -> dict[str, Any]:
+    """topk_training.json: what it takes to go back, without what depends on the layout."""
+    args = source.reader.args
+    return {
+        "format_version": FORMAT_VERSION,
+        "iteration": source.iteration,
+        "tokens_seen": source.tokens_seen,
+        "topk": None if source.topk is None else source.topk.to_dict(),
+        "tokenizer_type": getattr(args, "tokenizer_type", None),
+        "padded_vocab_size": source.padded_vocabulary,
+        "megatron_args": recorded_args(args),
+    }
+
+
+def recorded_args(args: Namespace) -> dict[str, Any]:
+    """Arguments of the run; dtypes as text. Layout, machine and logging are left out."""
+    kept = {k: v for k, v in vars(args).items() if k not in LAYOUT_AND_MACHINE and k != "topk"}
+    return {name: _plain(name, value) for name, value in sorted(kept.items())}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise CheckpointError(
+            f"the checkpoint's argument {name} is a {type(value).__name__}, which cannot be "
+            "recorded; list it in topk_megatron/hf/other_flags.py if it is of the machine"
+        ) from error
+    return value
+
+
+def _write_tokenizer(
+    source: MegatronSource, folder: Path, settings: ExportSettings
+) -> dict[str, int | None]:
+    args = source.reader.args
+    model = settings.tokenizer_model or args.tokenizer_model or ""
+    length = source.config["max_position_embeddings"]
+    tokens = export_tokenizer(args.tokenizer_type, model, folder, length)
+    size = tokens.pop("vocab_size")
+    if size != source.config["vocab_size"]:
+        raise CheckpointError(
+            f"the tokenizer {model} has {size} tokens, the checkpoint was trained with "
+            f"{source.config['vocab_size']}; give the one that it was trained with: "
+            "--tokenizer-model"
+        )
+    return tokens
+
+
+def _write_weights(
+    source: MegatronSource,
+    folder: Path,
+    settings: ExportSettings,
+    progress: Callable[[int], Progress] | None,
+) -> None:
+    plans = [plan for piece in source.pieces() for plan in _plans(source, piece, settings)]
+    advance = progress(sum(plan.num_bytes for plan in plans)) if progress else None
+    writer = ShardWriter(folder, plan_shards(plans, settings.shard_size))
+    try:
+        for piece in source.pieces():
+            parts = source.read_parts(piece)
+            for plan, part in zip(_plans(source, piece, settings), parts, strict=True):
+                writer.add(plan.name, part.to(plan.dtype))
+                if advance is not None:
+                    advance(plan.num_bytes)
+        writer.finish()
+    finally:
+        writer.abort()
+    _write_padding(source, folder)
+
+
+def _plans(source: MegatronSource, piece: Piece, settings: ExportSettings) -> list[TensorPlan]:
+    dtype = source.stored_dtype(piece)
+    if settings.dtype is not None and not piece.row.buffer:
+        dtype = DTYPES[settings.dtype]
+    shapes = SPLITS[piece.row.split].shapes(source.shape(piece), source.config)
+    return [TensorPlan(n, s, dtype) for n, s in zip(piece.huggingface, shapes, strict=True)]
+
+
+def _write_padding(source: MegatronSource, folder: Path) -> None:
+    """The padded rows of embedding and output, which only Megatron's loss sees.
+
+    Megatron pads the vocabulary for tensor parallelism and trains those rows too. They are kept
+    beside the model, so that the way back is bitwise.
+    """
+    first = source.config["vocab_size"]
+    if source.padded_vocabulary == first:
+        return
+    rows = [piece for piece in source.pieces() if piece.row.split == "vocabulary"]
+    shape = (source.padded_vocabulary - first, source.config["hidden_size"])
+    plans = [TensorPlan(p.huggingface[0], shape, source.stored_dtype(p)) for p in rows]
+    writer = ShardWriter(folder, [plans], stem=PADDING_FILE.removesuffix(".safetensors"))
+    try:
+        for plan, piece in zip(plans, rows, strict=True):
+            writer.add(plan.name, source.read(piece)[first:])
+        writer.finish()
+    finally:
+        writer.abort()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,308 @@
+"""Megatron's flags as a Hugging Face configuration, as data: mapped, refused, or without effect.
+
+`topk_megatron.hf.other_flags` lists the flags that do not change what a trained model computes. A
+flag in none of the tables that is not off (None, False, 0 or empty) is an error that names it.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from topk_megatron.errors import CheckpointError
+from topk_megatron.hf.families import NO_EXPERTS
+from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
+
+Config = dict[str, Any]
+
+# Megatron's flag and the setting that it becomes, where nothing is to be computed.
+DIRECT = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "normalization": "normalization",
+    "layernorm_epsilon": "norm_eps",
+    "qk_layernorm": "qk_norm",
+    "add_bias_linear": "mlp_bias",
+    "rotary_percent": "partial_rotary_factor",
+    "rotary_interleaved": "rotary_interleaved",
+}
+# What `read_config` computes with.
+COMPUTED = (
+    "add_qkv_bias",
+    "bias_gelu_fusion",
+    "group_query_attention",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_enable_expert_bias",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_intermediate_size",
+    "num_experts",
+    "num_query_groups",
+    "params_dtype",
+    "rope_scaling_factor",
+    "rotary_base",
+    "rotary_seq_len_interpolation_factor",
+    "squared_relu",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+    "use_rope_scaling",
+    "use_te_activation_func",
+)
+# Flags that change what the model computes in a way that the exported model cannot, and the values
+# at which they do not.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "add_position_embedding": (True,),
+    "rope_type": (None, "rope"),
+    "no_rope_freq": (None,),
+    "mrope_section": (None,),
+    "multi_latent_attention": (False,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None,),
+    "qk_l2_norm": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "quick_geglu": (False,),
+    "openai_gelu": (False,),
+    "onnx_safe": (None, False),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "use_mup": (False,),
+    "mtp_num_layers": (None, 0),
+    "mtp_standalone": (False,),
+    "hybrid_layer_pattern": (None,),
+    "hybrid_override_pattern": (None,),
+    "is_hybrid_model": (False,),
+    "spec": (None,),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None, ""),
+    "yaml_cfg": (None,),
+    "te_precision_config_file": (None,),
+    "use_kitchen_attention": (False,),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_router_force_biased": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_expert_rank_capacity_factor": (None,),
+    "moe_pad_expert_input_to_capacity": (False,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_input_jitter_eps": (None,),
+    "moe_latent_size": (None,),
+    "moe_shared_expert_gate": (False,),
+    "moe_shared_expert_glu_interleave_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_token_dropping": (False,),
+}
+_BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+# Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`).
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# gpt_config_from_args of megatron-core 0.19 does not pass --rope-scaling-factor on.
+_LLAMA3_FACTOR = 8.0
+
+
+def read_config(args: Namespace) -> Config:
+    """The exported configuration without vocabulary, tokens and TopK settings.
+
+    Raises:
+        CheckpointError: a flag that the exported model has no counterpart for, or a missing one.
+    """
+    check_flags(args)
+    missing = sorted(name for name in (*DIRECT, *COMPUTED) if not hasattr(args, name))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint's arguments lack {', '.join(missing)}; it was written by another "
+            "version of Megatron than this converter knows (megatron-core 0.19)"
+        )
+    config = {theirs: getattr(args, ours) for ours, theirs in DIRECT.items()}
+    config["num_key_value_heads"] = (
+        args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    )
+    config["attention_bias"] = bool(args.add_bias_linear or args.add_qkv_bias)
+    config["attention_output_bias"] = config["mlp_bias"]
+    config["attention_dropout"] = 0.0
+    config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
+    config["gated_mlp"] = bool(args.swiglu)
+    config["hidden_act"] = _activation(args)
+    return {**config, **_rope(args), **_experts(args, config)}
+
+
+def write_args(config: Config) -> dict[str, Any]:
+    """The inverse of `read_config` for dense models: Megatron's arguments for `config`.
+
+    Raises:
+        CheckpointError: a combination that Megatron's flags cannot express.
+    """
+    if config["mlp_bias"] != config["attention_output_bias"]:
+        raise CheckpointError(
+            "the model has biases in its attention output or in its MLP but not in both; "
+            "Megatron's --disable-bias-linear decides over both together"
+        )
+    if config["rope_theta"] != int(config["rope_theta"]):
+        raise CheckpointError(f"rope_theta {config['rope_theta']} is not a whole number")
+    scaling = config["rope_parameters"]
+    kind = scaling["rope_type"]
+    args: dict[str, Any] = {name: values[0] for name, values in REFUSED.items()}
+    args |= {ours: config[theirs] for ours, theirs in DIRECT.items()}
+    args |= {
+        "add_qkv_bias": config["attention_bias"] and not config["mlp_bias"],
+        "bias_gelu_fusion": False,
+        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "swiglu": True,
+        "squared_relu": False,
+        "rotary_base": int(config["rope_theta"]),
+        "use_te_activation_func": False,
+        "use_rope_scaling": kind == "llama3",
+        "rope_scaling_factor": _LLAMA3_FACTOR,
+        "rotary_seq_len_interpolation_factor": (
+            int(scaling["factor"]) if kind == "linear" else None
+        ),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        **_NO_EXPERTS,
+    }
+    return args
+
+
+# Megatron's defaults of the flags of experts, in a model that has none.
+_NO_EXPERTS: dict[str, Any] = {
+    "num_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_layer_freq": 1,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk": 2,
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+}
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse flags that change the model in ways that the export does not know.
+
+    Raises:
+        CheckpointError: names the first of them and the values that can be exported.
+    """
+    known = {*DIRECT, *COMPUTED, *REFUSED, *TRAINING, *LAYOUT_AND_MACHINE, "topk"}
+    for name, value in sorted(vars(args).items()):
+        if name in REFUSED and value not in REFUSED[name]:
+            allowed = " or ".join(repr(v) for v in REFUSED[name])
+            raise CheckpointError(
+                f"the checkpoint was trained with {name}={value!r}, which has no counterpart in "
+                f"the exported model; it can be {allowed}"
+            )
+        if name not in known and not _is_off(value):
+            raise CheckpointError(
+                f"the checkpoint was trained with {name}={value!r}, a flag that the converter does "
+                "not know; if it leaves the trained model alone, list it in "
+                "topk_megatron/hf/other_flags.py"
+            )
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in (0, "", [], {})
+
+
+def _activation(args: Namespace) -> str:
+    if args.swiglu:
+        return "silu"
+    if args.squared_relu:
+        return "relu2"
+    if args.use_te_activation_func:
+        raise CheckpointError(
+            "the checkpoint was trained with use_te_activation_func=True, whose GELU is that of "
+            "Transformer Engine; it can be exported with --swiglu or --squared-relu"
+        )
+    # Megatron's fused bias and GELU is the tanh approximation (fused_bias_gelu.py).
+    fused = args.bias_gelu_fusion and args.add_bias_linear
+    return "gelu_pytorch_tanh" if fused else "gelu"
+
+
+def _rope(args: Namespace) -> Config:
+    theta = float(args.rotary_base)
+    factor = args.rotary_seq_len_interpolation_factor
+    scaling: Config = {"rope_type": "default"}
+    if args.use_rope_scaling:
+        if factor is not None:
+            raise CheckpointError(
+                "the checkpoint was trained with --use-rope-scaling and with "
+                f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has one or the other"
+            )
+        if args.rope_scaling_factor != _LLAMA3_FACTOR:
+            raise CheckpointError(
+                f"the checkpoint says --rope-scaling-factor {args.rope_scaling_factor}, but "
+                f"megatron-core 0.19 trains with {_LLAMA3_FACTOR} whatever the flag says; which of "
+                "the two is meant must be decided by whoever trained it"
+            )
+        scaling = {"rope_type": "llama3", "factor": _LLAMA3_FACTOR, **_LLAMA3}
+    elif factor is not None:
+        scaling = {"rope_type": "linear", "factor": float(factor)}
+    old = None if scaling["rope_type"] == "default" else scaling
+    return {
+        "rope_theta": theta,
+        "rope_scaling": old,
+        "rope_parameters": {**scaling, "rope_theta": theta},
+    }
+
+
+def _experts(args: Namespace, config: Config) -> Config:
+    if args.num_experts is None:
+        return dict(NO_EXPERTS)
+    _check_routing(args)
+    return {
+        "num_experts": args.num_experts,
+        "num_experts_per_tok": args.moe_router_topk,
+        "moe_layers": _moe_layers(args.moe_layer_freq, config["num_hidden_layers"]),
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "router_score_function": args.moe_router_score_function,
+        "router_pre_softmax": bool(args.moe_router_pre_softmax),
+        "router_scaling_factor": args.moe_router_topk_scaling_factor,
+        "router_bias": bool(args.moe_router_enable_expert_bias),
+    }
+
+
+def _check_routing(args: Namespace) -> None:
+    if args.add_bias_linear:
+        raise CheckpointError(
+            "the checkpoint has experts and add_bias_linear=True: Megatron then adds a bias to the "
+            "router, which has no counterpart in the exported model; it can be "
+            "--disable-bias-linear"
+        )
+    if args.moe_router_score_function not in ("softmax", "sigmoid"):
+        raise CheckpointError(
+            f"the checkpoint's --moe-router-score-function {args.moe_router_score_function} has no "
+            "counterpart in the exported model; it can be softmax or sigmoid"
+        )
+    kinds = args.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if odd := sorted(set(kinds) - _BALANCING):
+        raise CheckpointError(
+            f"the checkpoint's --moe-router-load-balancing-type {odd[0]} chooses experts in a way "
+            f"that the exported model does not have; it can be {', '.join(sorted(_BALANCING))}"
+        )
+
+
+def _moe_layers(frequency: int | list[int], num_layers: int) -> list[int]:
+    """Megatron's ``--moe-layer-freq``: every Nth layer from the first, or a pattern."""
+    if isinstance(frequency, int):
+        return [layer for layer in range(num_layers) if layer % frequency == 0]
+    if len(frequency) != num_layers:
+        raise CheckpointError(
+            f"moe_layer_freq has {len(frequency)} entries for {num_layers} layers"
+        )
+    return [layer for layer, is_moe in enumerate(frequency) if is_moe]

@@ -14,15 +14,18 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "schedule": {"config"},
-    "cli": {"errors"},
+    "exitcodes": set(),
+    "cli": {"errors", "exitcodes"},
+    "cluster": {"exitcodes"},
     "device": set(),
     "text": {"errors"},
     "parallel": {"config", "errors", "ops", "schedule"},
     "model": {"config", "errors", "ops", "parallel", "schedule"},
-    "train": {"config", "device", "errors", "model", "ops", "parallel", "schedule", "text"},
+    "train": {"config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text"},
+    "plan": {"config", "errors"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
     "evaluation": {"errors", "text"},
-    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
+    "testing": {"cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

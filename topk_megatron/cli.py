@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from topk_megatron.errors import TransportError, UserError
+from topk_megatron.errors import RunError, TransportError, UserError
+from topk_megatron.exitcodes import USER_ERROR
 
 _PATIENCE_SECONDS = 10
 
@@ -26,11 +27,11 @@ def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
             return main()
         except UserError as error:
             rank = os.environ.get("RANK", "0")
-            if rank != "0":
+            if rank != "0" and not isinstance(error, RunError):
                 time.sleep(_PATIENCE_SECONDS)
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(USER_ERROR)
         except TransportError as error:
             # At once: every other rank that is alive waits for this one.
             print(

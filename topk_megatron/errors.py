@@ -17,6 +17,13 @@ class CheckpointError(UserError):
     """A checkpoint is incomplete, or was made with other settings than this run's."""
 
 
+class RunError(UserError):
+    """A run that was going well cannot go on: a loss that is no number, a disk that is full.
+
+    One rank meets it and the others wait for that rank, so that it speaks at once.
+    """
+
+
 class TransportError(RuntimeError):
     """A pipeline rank is gone, or did not send what was due within the distributed timeout."""
 

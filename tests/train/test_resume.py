@@ -4,6 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import save
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
@@ -13,7 +15,10 @@ from topk_megatron.train.resume import TRACKER, compare_topk, find_checkpoint
 def checkpoint(load: Path, iteration: int, *parts: str) -> Path:
     directory = load / f"iter_{iteration:07d}"
     directory.mkdir(parents=True)
-    for part in parts or (".metadata", "metadata.json"):
+    if not parts:
+        save({"weight": torch.arange(4.0)}, checkpoint_id=str(directory), no_dist=True)
+        parts = ("metadata.json",)
+    for part in parts:
         (directory / part).write_text("{}")
     return directory
 
@@ -43,6 +48,57 @@ def test_latest_complete_checkpoint_stands_in_for_a_broken_tracker(
     assert find_checkpoint(tmp_path, write=True) == wanted
     assert (tmp_path / TRACKER).read_text() == "10"
     assert "resuming from 10" in capsys.readouterr().out
+
+
+def cut_short(directory: Path) -> None:
+    (data,) = directory.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-20])
+
+
+def missing_data(directory: Path) -> None:
+    next(directory.glob("*.distcp")).unlink()
+
+
+def garbage_directory(directory: Path) -> None:
+    (directory / ".metadata").write_bytes(b"garbage")
+
+
+DAMAGES = {
+    "bytes of": cut_short,
+    "is missing": missing_data,
+    ".metadata cannot be read": garbage_directory,
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_damaged_latest_checkpoint_gives_way_to_the_one_before_and_says_so(
+    said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = checkpoint(tmp_path, 10)
+    DAMAGES[said](checkpoint(tmp_path, 20))
+    checkpoint(tmp_path, 30)  # of a run that went back to 20: not what the tracker means
+    (tmp_path / TRACKER).write_text("20")
+    assert find_checkpoint(tmp_path, write=True) == wanted
+    assert (tmp_path / TRACKER).read_text() == "10"
+    output = capsys.readouterr().out
+    assert "names iteration 20, which is damaged" in output
+    assert said in output
+    assert "resuming from 10" in output
+
+
+def test_without_any_whole_checkpoint_the_damages_are_listed(tmp_path: Path) -> None:
+    for iteration in (10, 20):
+        missing_data(checkpoint(tmp_path, iteration))
+    (tmp_path / TRACKER).write_text("20")
+    with pytest.raises(CheckpointError, match=r"20, which is damaged.*10 is damaged.*is missing"):
+        find_checkpoint(tmp_path)
+
+
+def test_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 10)
+    cut_short(checkpoint(tmp_path, 20))
+    with pytest.raises(CheckpointError, match="iteration 20 .* is damaged"):
+        find_checkpoint(tmp_path, 20)
 
 
 def test_nothing_to_resume_is_no_error(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def pretrain(
     entry: Path | None = None,
     tensorboard: Path | None = None,
     timeout: float = 300,
+    restarts: int = 0,
     environment: dict[str, str] | None = None,
 ) -> Run:
     """Run ``pretrain_topk_gpt.py`` (or another `entry`) to its end.
@@ -123,9 +124,10 @@ def pretrain(
         entry: another script with the same arguments.
         tensorboard: where to write exact scalars.
         timeout: seconds after which the whole job is killed and the test fails.
+        restarts: how often our launcher starts the ranks again when one fails.
         environment: added to this process's own.
     """
-    command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard)
+    command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard, restarts=restarts)
     # A file and not a pipe: helper processes of a killed rank would hold a pipe open for ever.
     with tempfile.TemporaryFile("w+") as output:
         process = start(command, output, environment)
@@ -139,10 +141,16 @@ def pretrain(
 
 
 def command_line(
-    ranks: int, *flags: str | Path, entry: Path | None = None, tensorboard: Path | None = None
+    ranks: int,
+    *flags: str | Path,
+    entry: Path | None = None,
+    tensorboard: Path | None = None,
+    restarts: int = 0,
 ) -> list[str]:
     """The torchrun command, with a free port of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if restarts:
+        launcher[2:3] = ["topk_megatron.cluster.launch", f"--max-restarts={restarts}"]
     script = entry or REPOSITORY / "pretrain_topk_gpt.py"
     command = [*launcher, f"--nproc-per-node={ranks}", str(script), *map(str, flags)]
     if tensorboard is not None:

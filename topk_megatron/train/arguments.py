@@ -137,6 +137,10 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
         parser.error = _raise_usage  # pyright: ignore[reportAttributeAccessIssue]
         # Megatron 0.19 divides by this flag and has no default for it.
         parser.set_defaults(eval_interval=1000)
+        # A run that is asked to stop saves first; a loss that is no number stops it in that very
+        # step. Megatron's search for the hardware's part in it (--rerun-mode validate_results) is
+        # experimental and lets the first step pass.
+        parser.set_defaults(exit_signal_handler=True, rerun_mode="disabled")
         if device == "cpu":
             parser.set_defaults(**CPU_DEFAULTS)
         parser.set_defaults(**(defaults or {}))

@@ -115,11 +115,14 @@ def run(device: str) -> None:
     from topk_megatron.train.metrics import install_metrics
     from topk_megatron.train.pipeline import install_parallel
     from topk_megatron.train.resume import prepare_resume
+    from topk_megatron.train.save import guard_saves
     from topk_megatron.train.step import ForwardStep
+    from topk_megatron.train.stop import StopWatch
 
     be_one_process()
     patch_dataset_compiler()
     patch_checkpoint_save()
+    guard_saves()
     args, config = parse(device)
     announce(args, config, device)
     prepare_resume(args, config)
@@ -127,9 +130,14 @@ def run(device: str) -> None:
     install_metrics(runtime)
     install_parallel(args, runtime)
     model = bind_topk(gpt_config_from_args(args), runtime)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        ForwardStep(runtime),
+    watch = StopWatch()
+    watch.install()
+    watch.run(
+        args,
+        lambda: pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            ForwardStep(runtime),
+        ),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from topk_megatron.config import TopKConfig, parse_layers
 from topk_megatron.errors import CheckpointError
+from topk_megatron.train.damage import find_damage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTS = (".metadata", "metadata.json")
@@ -26,7 +27,9 @@ def prepare_resume(args: Namespace, config: TopKConfig) -> None:
     """
     if args.load is None:
         return
-    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=args.rank == 0)
+    first = args.rank == 0
+    hashes = first and args.verify_integrity  # reads every byte: once, not once a rank
+    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
     if directory is None:
         _check_needed(args)
         return
@@ -71,7 +74,9 @@ def choose_settings(args: Namespace) -> TopKConfig:
     return TopKConfig.from_args(args)
 
 
-def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False) -> Path | None:
+def find_checkpoint(
+    load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
+) -> Path | None:
     """The torch_dist checkpoint that Megatron will load from `load`, or None.
 
     Args:
@@ -79,10 +84,11 @@ def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False)
         step: iteration asked for by ``--ckpt-step``; None is the latest.
         write: repair the tracker when it names no complete checkpoint. One rank does it; all ranks
             come to the same answer whether or not it is done already.
+        hashes: also compare the bytes of the latest checkpoint with their recorded hashes.
 
     Raises:
-        CheckpointError: `step` names a checkpoint that is missing or incomplete, or no checkpoint
-            of `load` is complete although it has some.
+        CheckpointError: `step` names a checkpoint that is missing, incomplete or damaged, or no
+            checkpoint of `load` is whole although it has some.
     """
     complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
     if step is not None:
@@ -90,11 +96,14 @@ def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False)
             raise CheckpointError(
                 f"no complete checkpoint of iteration {step} in {load}; it has {_listing(complete)}"
             )
+        if damage := find_damage(complete[step], hashes=hashes):
+            raise CheckpointError(
+                f"the checkpoint of iteration {step} in {load} is damaged: {damage}; give another "
+                f"--ckpt-step of {_listing(complete)}"
+            )
         return complete[step]
     tracked = _read_tracker(load)
-    if tracked == "release" or (isinstance(tracked, int) and tracked in complete):
-        return None if tracked == "release" else complete[tracked]
-    if not iterations(load) or _has_legacy_format(load, tracked):
+    if tracked == "release" or not iterations(load) or _has_legacy_format(load, tracked):
         return None
     if not complete:
         if tracked is None:
@@ -103,12 +112,35 @@ def find_checkpoint(load: Path, step: int | None = None, *, write: bool = False)
             f"{load} has no complete checkpoint (the tracker names iteration {tracked}); give "
             "another --load, or none to start anew"
         )
-    latest = max(complete)
-    if write:
-        said = "nothing" if tracked is None else f"iteration {tracked}, which is incomplete"
-        print(f"topk_megatron: {load / TRACKER} names {said}; resuming from {latest}", flush=True)
-        _write_tracker(load, latest)
-    return complete[latest]
+    return _latest_whole(load, complete, tracked, write=write, hashes=hashes)
+
+
+def _latest_whole(
+    load: Path, complete: dict[int, Path], tracked: Any, *, write: bool, hashes: bool
+) -> Path:
+    """The tracked checkpoint, or the latest before it that is not damaged; says why not."""
+    reason = "names nothing" if tracked is None else f"names iteration {tracked}, which is "
+    if tracked in complete:
+        candidates = [number for number in complete if number <= tracked]
+    else:
+        candidates = list(complete)
+        reason += "" if tracked is None else "incomplete"
+    for number in sorted(candidates, reverse=True):
+        damage = find_damage(complete[number], hashes=hashes)
+        if damage is not None:
+            if number == tracked:
+                reason += f"damaged ({damage})"
+            else:
+                reason += f"; iteration {number} is damaged ({damage})"
+            continue
+        if write and number != tracked:
+            print(f"topk_megatron: {load / TRACKER} {reason}; resuming from {number}", flush=True)
+            _write_tracker(load, number)
+        return complete[number]
+    raise CheckpointError(
+        f"no checkpoint in {load} can be loaded: {load / TRACKER} {reason}; give another --load, "
+        "or none to start anew"
+    )
 
 
 def iterations(load: Path) -> dict[int, Path]:

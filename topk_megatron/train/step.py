@@ -1,5 +1,6 @@
 """One microbatch: fetch it, run the model, reduce the loss."""
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
+from topk_megatron.errors import RunError
 from topk_megatron.model.runtime import TopKRuntime
 from topk_megatron.parallel.pipeline import SELECTION
 from topk_megatron.train.data import needs_batch, predicts_ahead
@@ -172,17 +174,40 @@ def reduce_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict
 
 
 def _validate_loss(loss: Tensor) -> None:
-    """Megatron's checks of a rank's own loss, before ranks average it."""
+    """Check a rank's own loss, before ranks average it.
+
+    Raises:
+        RunError: the loss is NaN or infinite (under ``--rerun-mode disabled``, the default here;
+            otherwise Megatron first tries to find out whether the hardware is to blame).
+    """
     args: Any = get_args()
     machine = get_rerun_state_machine()
-    checks: list[tuple[Any, str, bool]] = []
     if args.check_for_nan_in_loss_and_grad:
-        checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
-        checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+        if args.rerun_mode == "disabled":
+            _refuse_non_finite(loss, args)
+        else:
+            for rejection, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+                machine.validate_result(
+                    result=loss,
+                    rejection_func=rejection,
+                    message=f"found {name} in local forward loss calculation",
+                    tolerance=0.0,
+                    fatal=True,
+                )
     if args.check_for_spiky_loss:
         spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
-        checks.append((spike, "Spiky loss", False))
-    for rejection, message, fatal in checks:
         machine.validate_result(
-            result=loss, rejection_func=rejection, message=message, tolerance=0.0, fatal=fatal
+            result=loss, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False
         )
+
+
+def _refuse_non_finite(loss: Tensor, args: Namespace) -> None:
+    if bool(torch.isfinite(loss)):
+        return
+    kind = "NaN" if bool(torch.isnan(loss)) else "infinite"
+    iteration = max(getattr(args, "curr_iteration", 0), args.iteration) + 1
+    after = f"; --load {args.save} resumes from the last checkpoint" if args.save else ""
+    raise RunError(
+        f"iteration {iteration}: the loss of rank {args.rank} (node {os.uname().nodename}) is "
+        f"{kind}; lower --lr, or skip this step with --iterations-to-skip {iteration}{after}"
+    )

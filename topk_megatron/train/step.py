@@ -20,7 +20,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.parallel.pipeline import SELECTION
+from topk_megatron.parallel.selection import SELECTION
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]

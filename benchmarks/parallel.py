@@ -117,7 +117,7 @@ def print_times(ranks: list[list[dict[str, Any]]], repeats: int) -> None:
     low, high = (
         statistics.quantiles(ratios, n=4)[0::2] if repeats > 2 else (min(ratios), max(ratios))
     )
-    print(f"{'transport':10s}{'median ms a step':>18s}{'ratio to dense':>16s}")
+    print(f"{'steps':10s}{'median ms a step':>18s}{'ratio to dense':>16s}")
     print(f"{'dense':10s}{1e3 * statistics.median(dense):18.1f}{1:16.3f}")
     print(
         f"{'sparse':10s}{1e3 * statistics.median(sparse):18.1f}{statistics.median(ratios):16.3f}"
@@ -183,17 +183,25 @@ def measure_slow_link(args: Any) -> None:
 
 
 def measure_saved(args: Any) -> None:
-    """Bytes kept under full recompute, and step time."""
-    repeats = args.repeats or 4
+    """Bytes kept under full recompute by 8 layers, and step time."""
+    repeats = args.repeats or 6
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     more = [*recompute.split(), "--topk-layers", "all", "--topk-sparse-save", "--bf16"]
-    ranks = launch(1, flags(args, args.seq_length or 1024, repeats, 8, *more))
-    microbatches = ranks[0][0]["microbatches"]
-    print(f"{'kept a microbatch':24s}{'dense':>14s}{'sparse':>14s}{'times fewer':>13s}")
-    for key, name in (("kept_topk_bytes", "TopK outputs"), ("kept_bytes", "all in the decoder")):
-        dense, sparse = (values[0] / microbatches for values in per_step(ranks[0], key))
-        print(f"{name:24s}{dense:14.0f}{sparse:14.0f}{dense / sparse:13.2f}")
-    print_times(ranks, repeats)
+    seq = args.seq_length or 1024
+    alone = launch(1, flags(args, seq, repeats, 8, *more))
+    pipeline = ["--pipeline-model-parallel-size", "2", "--topk-sparse-p2p"]
+    second = launch(2, flags(args, seq, 1, 16, *more, *pipeline))[1]
+    print(f"{'kept a microbatch':42s}{'dense':>12s}{'sparse':>12s}{'times fewer':>13s}")
+    print_kept("8 layers, TopK outputs", alone[0], "kept_topk_bytes")
+    print_kept("8 layers, all they keep", alone[0], "kept_bytes")
+    print_kept("8 layers of a second stage, all they keep", second, "kept_bytes")
+    print_times(alone, repeats)
+
+
+def print_kept(name: str, steps: list[dict[str, Any]], key: str) -> None:
+    """One row of bytes."""
+    dense, sparse = (values[0] / steps[0]["microbatches"] for values in per_step(steps, key))
+    print(f"{name:42s}{dense:12.0f}{sparse:12.0f}{dense / sparse:13.2f}")
 
 
 def main() -> None:

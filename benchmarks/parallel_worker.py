@@ -12,28 +12,43 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.device import prepare_device
-from topk_megatron.testing.traffic import counted_traffic
+from topk_megatron.testing.traffic import Traffic, counted_traffic
 
 WARM_UP = 2  # steps of each kind that are not counted
 
 
 class KeptBytes:
-    """Bytes of distinct memory that autograd keeps while the decoder runs, parameters aside."""
+    """Bytes of distinct memory that autograd keeps for the layers, parameters aside.
 
-    def __init__(self, saver: Any) -> None:
-        self.saver, self.pack = saver, saver._pack
+    The final norm of the decoder is left out: it is no input of a recomputed layer, and torch's
+    norm keeps several float32 tensors of its own.
+    """
+
+    def __init__(self, saver: Any, decoder: Any) -> None:
+        self.saver, self.pack, self.enter = saver, saver._pack, saver.enter
         self.sparse = True
         self.total = self.topk = 0
         self._seen: set[int] = set()
-        saver._pack = self
+        self._in_layers = True
+        saver._pack, saver.enter = self, self._begin_microbatch
+        if decoder.final_layernorm is not None:
+            decoder.final_layernorm.register_forward_pre_hook(self._leave_layers)
+
+    def _begin_microbatch(self, received: Tensor | None, k: int) -> None:
+        self._seen.clear()  # addresses are used again
+        self._in_layers = True
+        self.enter(received, k)
+
+    def _leave_layers(self, *_: Any) -> None:
+        self._in_layers = False
 
     def begin(self, sparse: bool) -> None:
         """Open a step."""
         self.sparse, self.total, self.topk = sparse, 0, 0
-        self._seen.clear()
         self.saver.dense_bytes = self.saver.packed_bytes = 0
 
     def __call__(self, tensor: Tensor) -> Any:
@@ -43,15 +58,65 @@ class KeptBytes:
         packed = self.pack(tensor) if self.sparse else tensor
         if isinstance(packed, Tensor):
             size = 0
-            is_parameter = tensor.is_leaf and tensor.requires_grad and not is_topk
-            if tensor.data_ptr() not in self._seen and not is_parameter:
+            if tensor.data_ptr() not in self._seen and not isinstance(tensor, Parameter):
                 size = tensor.numel() * tensor.element_size()
         else:
             size = self.saver.packed_bytes - before
         self._seen.add(tensor.data_ptr())
+        if not self._in_layers:
+            return packed
         self.total += size
         self.topk += size if is_topk else 0
         return packed
+
+
+class Alternation:
+    """Runs Megatron's schedule densely in even training steps and sparsely in odd ones."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        from topk_megatron.train.pipeline import ParallelFeatures
+
+        self.traffic = traffic
+        self.records: list[dict[str, Any]] = []
+        self.kept: KeptBytes | None = None
+        self.original = ParallelFeatures.schedule
+
+    def schedule(self, features: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of `ParallelFeatures.schedule`."""
+        if kwargs.get("forward_only"):
+            return self.original(features, stock, *args, **kwargs)
+        sparse = len(self.records) % 2 == 1
+        self._prepare(features, kwargs["model"], sparse)
+        before = self.traffic.bytes["send"]
+        dist.barrier()
+        begin = time.perf_counter()
+        if sparse or not features.sends_sparsely:
+            result = self.original(features, stock, *args, **kwargs)
+        else:
+            result = stock(*args, **kwargs)
+        dist.barrier()
+        record: dict[str, Any] = {
+            "sparse": sparse,
+            "seconds": time.perf_counter() - begin,
+            "sent_bytes": self.traffic.bytes["send"] - before,
+            "microbatches": kwargs["num_microbatches"],
+        }
+        if self.kept is not None:
+            record |= {"kept_bytes": self.kept.total, "kept_topk_bytes": self.kept.topk}
+        self.records.append(record)
+        return result
+
+    def _prepare(self, features: Any, model: Any, sparse: bool) -> None:
+        from megatron.core.utils import get_attr_wrapped_model
+
+        chunks = model if isinstance(model, list) else [model]
+        features._prepare(chunks)
+        features.runtime.keeps_selection = features.sends_sparsely and sparse
+        if features.runtime.saver is not None:
+            if self.kept is None:
+                decoder = get_attr_wrapped_model(chunks[0], "decoder")
+                self.kept = KeptBytes(features.runtime.saver, decoder)
+            self.kept.begin(sparse)
 
 
 def main_of(device: str) -> None:
@@ -59,47 +124,13 @@ def main_of(device: str) -> None:
     from topk_megatron.train import pipeline
     from topk_megatron.train.main import run
 
-    records: list[dict[str, Any]] = []
-    kept: list[KeptBytes] = []
-    original = pipeline.ParallelFeatures.schedule
-
     with counted_traffic() as traffic:
-
-        def schedule(self: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("forward_only"):
-                return original(self, stock, *args, **kwargs)
-            sparse = len(records) % 2 == 1
-            if self.runtime.saver is not None:
-                kept.append(kept[0] if kept else KeptBytes(self.runtime.saver))
-                kept[0].begin(sparse)
-            self.runtime.keeps_selection = self.sends_sparsely and sparse
-            if self.sends_sparsely and not records:
-                self._prepare(
-                    kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]]
-                )
-            before = traffic.bytes["send"]
-            dist.barrier()
-            begin = time.perf_counter()
-            if sparse or not self.sends_sparsely:
-                result = original(self, stock, *args, **kwargs)
-            else:
-                result = stock(*args, **kwargs)
-            dist.barrier()
-            record = {
-                "sparse": sparse,
-                "seconds": time.perf_counter() - begin,
-                "sent_bytes": traffic.bytes["send"] - before,
-                "microbatches": kwargs["num_microbatches"],
-            }
-            if kept:
-                record |= {"kept_bytes": kept[0].total, "kept_topk_bytes": kept[0].topk}
-            records.append(record)
-            return result
-
+        alternation = Alternation(traffic)
+        schedule: Any = lambda *args, **kwargs: alternation.schedule(*args, **kwargs)  # noqa: E731
         pipeline.ParallelFeatures.schedule = schedule
         run(device)
     path = Path(os.environ["TOPK_BENCHMARK"]) / f"rank{os.environ['RANK']}.json"
-    path.write_text(json.dumps(records[2 * WARM_UP :]))
+    path.write_text(json.dumps(alternation.records[2 * WARM_UP :]))
 
 
 @exit_on_user_error

@@ -22,19 +22,18 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from topk_megatron.errors import TransportError
+from topk_megatron.parallel.selection import SELECTION
 from topk_megatron.parallel.stages import MessageOrder, message_order
 from topk_megatron.parallel.verify import Verifier
 from topk_megatron.parallel.wire import (
     WireFormat,
     pack_gradient,
     pack_hidden,
+    selection_of,
     unpack_gradient,
     unpack_hidden,
     wire_format,
 )
-
-# Attribute of a stage's output tensor: the selection (int32 bitmask) that made it.
-SELECTION = "topk_selection"
 
 
 class Arrival:
@@ -216,6 +215,8 @@ class SparseP2PCommunicator(P2PCommunicator):
             self.verifier.check_hidden(buffer, size, x)
             if not self._forward_only:
                 self._received[boundary].append(indices)
+                if wire.bitmask:
+                    setattr(x, SELECTION, selection_of(wire, message, x))
 
         return x, buffer, finish
 

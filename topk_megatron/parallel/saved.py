@@ -5,6 +5,10 @@ its input; where that is a TopK output, only k of H numbers are worth keeping. H
 saved tensors recognise TopK outputs by their storage, keep the packed form (one, however often the
 tensor is saved) and expand it when it is asked for. S is the bitmask that the TopK's own backward
 keeps anyway when there is no recompute.
+
+A pipeline stage also holds the hidden state that it received, because its gradient will be asked of
+that tensor. After the forward pass nobody reads it any more but through the packed form, so that
+its memory is let go and only its shape stays.
 """
 
 from typing import Any
@@ -14,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from topk_megatron.ops.library import OPS
+from topk_megatron.parallel.selection import SELECTION
 from topk_megatron.parallel.verify import Verifier
 
 
@@ -60,17 +65,27 @@ class SparseSaver:
         self.dense_bytes = self.packed_bytes = 0
         self._known: dict[int, _Known] = {}
         self._hooks: Any = None
+        self._received: Tensor | None = None
 
     def remember(self, x: Tensor, bits: Tensor, k: int) -> None:
         """Announce a TopK output, so that it is recognised when it is saved."""
         if self._hooks is not None:
             self._known[x.data_ptr()] = _Known(x, bits, k)
 
-    def enter(self) -> None:
-        """Begin to pack what is saved from here on."""
+    def enter(self, received: Tensor | None = None, k: int = 0) -> None:
+        """Begin to pack what is saved from here on.
+
+        Args:
+            received: what this stage received from the one before, if that was sent sparsely.
+            k: kept entries of its rows.
+        """
         assert self._hooks is None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
+        bits = getattr(received, SELECTION, None)
+        if received is not None and bits is not None:
+            self._received = received
+            self.remember(received, bits, k)
 
     def leave(self) -> None:
         """End packing; what was packed is expanded whenever the backward pass comes."""
@@ -78,6 +93,10 @@ class SparseSaver:
             self._hooks.__exit__()
             self._hooks = None
             self._known.clear()
+        if self._received is not None:
+            empty = self._received.detach().new_empty(1)
+            self._received.data = empty.expand(self._received.shape)
+            self._received = None
 
     def _pack(self, tensor: Tensor) -> Any:
         known = self._known.get(tensor.data_ptr())

@@ -82,7 +82,7 @@ class ParallelFeatures:
             )
         if self.runtime.saver is not None:
             for chunk in model:
-                _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.runtime.saver)
+                _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.runtime)
 
     def _ends_in_topk(self, chunk: Any) -> bool:
         """Whether what this chunk sends is a TopK's output, as it left the layer.
@@ -110,12 +110,13 @@ def _default_groups() -> Any:
     return schedules._build_default_pg_collection()
 
 
-def _save_sparsely(decoder: Any, saver: SparseSaver) -> None:
+def _save_sparsely(decoder: Any, runtime: TopKRuntime) -> None:
     """Let the saver work while the layers of a model chunk run."""
+    saver: Any = runtime.saver
 
     def enter(module: Any, _: Any) -> None:
         if module.training:
-            saver.enter()
+            saver.enter(module.input_tensor, runtime.k)
 
     def leave(*_: Any) -> None:
         saver.leave()

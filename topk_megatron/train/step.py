@@ -22,7 +22,7 @@ from torch import Tensor
 
 from topk_megatron.errors import RunError
 from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.parallel.pipeline import SELECTION
+from topk_megatron.parallel.selection import SELECTION
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]

@@ -65,12 +65,14 @@ def main() -> None:
         seconds = train(args, name, flags, dataset, tokenizer)
         models.append(Model(name, args.directory / name, seconds))
     folders = {name: convert(args.directory, name) for name in VARIANTS}
-    measured = evaluate(args.directory, list(folders.values()), held_out(plays))
+    measured = evaluate(args.directory, list(folders.values()), held_out(plays)[-1])
     samples = {name: sample(folder, args.sample_tokens) for name, folder in folders.items()}
+    report = study(args.directory, folders, dataset)
     picture = plot_losses(models, args.directory / "loss.png")
     print(compare(models, samples, PROMPT))
-    print(f"\n== the converted models on the same plays and on two tasks\n\n{measured}")
+    print(f"\n== the converted models on one of these plays and on two tasks\n\n{measured}")
     print(f"loss curves: {picture}")
+    print(f"neurons (open it in a browser): {report}")
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
 
@@ -171,12 +173,54 @@ def held_out(plays: Path) -> list[Path]:
     return files[round(0.9 * len(files)) :]
 
 
-def evaluate(directory: Path, folders: list[Path], texts: list[Path]) -> str:
-    """Perplexity and two small tasks of the converted models; returns the table."""
-    step("evaluating the converted models")
+def evaluate(directory: Path, folders: list[Path], play: Path) -> str:
+    """Perplexity on a play and two small tasks of the converted models; returns the table."""
+    step(f"evaluating the converted models on {play.stem} and two tasks")
     tasks = sorted((HERE / "tasks").glob("*.yaml"))
-    flags = ["--model", *folders, "--text", *texts, "--tasks", *tasks]
+    flags = ["--model", *folders, "--text", play, "--tasks", *tasks, "--limit", 60]
     return tool("evaluate.py", *flags, "--output", directory / "evaluation.json", show=False)
+
+
+def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
+    """Look at the neurons: on held-out plays, beside the dense twin and SAEs on it, over training.
+
+    Small samples, for time: docs/analysis.md says what larger ones take.
+    """
+    step("studying the neurons")
+    trajectory, results = directory / "hf" / "topk-trajectory", directory / "study"
+    shutil.rmtree(results, ignore_errors=True)
+    shutil.rmtree(trajectory, ignore_errors=True)
+    tool(
+        "convert_checkpoint.py",
+        *("to-hf", "--load", directory / "topk", "--all-iterations", "--save", trajectory),
+    )
+    where = ("--corpus", dataset, "--study", results)
+    held_out = (*where, "--documents=-4:", "--max-tokens", 32768)
+    topk, dense = ("--model", folders["topk"]), ("--model", folders["dense"])
+    once = "--aggregate-only"
+    for command in (
+        ("record", *topk, *held_out, once, "--run", "topk"),
+        ("record", *dense, *held_out, once, "--run", "dense", "--k", 32, "--layers", "all,-2"),
+        (
+            *("sae", *dense, *held_out, "--train-documents=:-4", "--k", 32, "--layers", 2),
+            *("--train-tokens", 40960),
+        ),
+        (
+            *("track", *where, "--documents=-4:", "--max-tokens", 16384, "--run", "topk"),
+            *("--trajectory", trajectory, "--context-neurons", 0),
+        ),
+        (
+            *("entropy", "--study", results, "--runs", "topk", "dense", "sae-seed-0"),
+            *("--semantic-neurons", 16),
+        ),
+        (
+            *("steer", *topk, *where, "--documents=-4:", "--run", "topk", "--sample", 3),
+            *("--strengths", 0.5, 1, 2),
+        ),
+        ("report", "--study", results),
+    ):
+        tool("analyze.py", *command)
+    return results / "report.html"
 
 
 def sample(folder: Path, tokens: int) -> str:

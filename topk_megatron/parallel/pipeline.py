@@ -50,7 +50,7 @@ class Arrival:
             self._request.wait()
         except RuntimeError as error:
             raise TransportError(
-                f"pipeline rank lost in mid-transfer: {self._peer} did not finish its message "
+                f"pipeline rank lost in mid-transfer: the one with {self._peer} was not finished "
                 f"({' '.join(str(error).split())}); see the log of that rank for why it ended"
             ) from error
         if self._finish is not None:

@@ -7,6 +7,7 @@ multiply the same matrices in another order. A selection that differs in one uni
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_exported_model_has_the_logits_of_megatron(
         got = model(tokens).logits
         assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
         # The comparison can fail: with one unit more in every MLP the logits are others.
-        activations = [m for n, m in model.named_modules() if ".mlp." in n and n.endswith(".topk")]
+        activations: list[Any] = [
+            m for n, m in model.named_modules() if ".mlp." in n and n.endswith(".topk")
+        ]
         for activation in activations:
             activation.k += activation.groups
         other = model(tokens).logits

@@ -22,17 +22,17 @@ SPARSE = ["--topk-sparse-p2p", "--topk-sparse-save", "--topk-verify", "6"]
 LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp4-recompute": (4, f"--pipeline-model-parallel-size 4 {RECOMPUTE}"),
-    "tp2-pp2-bf16": (
+    "tp2-pp2-bf16-recompute": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
-        "--bf16 --topk-mode abs",
+        f"--bf16 --topk-mode abs {RECOMPUTE}",
     ),
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
 }
 # Boundaries after a TopK layer, of ranks that send, times 4 microbatches; and TopK outputs that are
 # kept: inputs of layers 1 to 3, each once, by each rank that has the layer.
-CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16": 8, "vpp": 12}
-KEPT = {"pp2": 12, "pp4-recompute": 12, "tp2-pp2-bf16": 24, "vpp": 12}
+CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 8, "vpp": 12}
+KEPT = {"pp2": 12, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 24, "vpp": 12}
 
 
 def train(ranks: int, settings: list[str], directory: Path) -> Run:

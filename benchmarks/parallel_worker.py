@@ -38,10 +38,10 @@ class KeptBytes:
         if decoder.final_layernorm is not None:
             decoder.final_layernorm.register_forward_pre_hook(self._leave_layers)
 
-    def _begin_microbatch(self, received: Tensor | None, k: int) -> None:
+    def _begin_microbatch(self, received: Tensor | None) -> None:
         self._seen.clear()  # addresses are used again
         self._in_layers = True
-        self.enter(received, k)
+        self.enter(received)
 
     def _leave_layers(self, *_: Any) -> None:
         self._in_layers = False

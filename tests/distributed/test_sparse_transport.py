@@ -22,15 +22,17 @@ SPARSE = ["--topk-sparse-p2p", "--topk-sparse-save", "--topk-verify", "6"]
 LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp4-recompute": (4, f"--pipeline-model-parallel-size 4 {RECOMPUTE}"),
-    "tp2-pp2-bf16": (
+    "tp2-pp2-bf16-recompute": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
-        "--bf16 --topk-mode abs",
+        f"--bf16 --topk-mode abs {RECOMPUTE}",
     ),
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
 }
-# Boundaries after a TopK layer, of ranks that send, times 4 microbatches.
-CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16": 8, "vpp": 12}
+# Boundaries after a TopK layer, of ranks that send, times 4 microbatches; and TopK outputs that are
+# kept: inputs of layers 1 to 3, each once, by each rank that has the layer.
+CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 8, "vpp": 12}
+KEPT = {"pp2": 12, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 24, "vpp": 12}
 
 
 def train(ranks: int, settings: list[str], directory: Path) -> Run:
@@ -55,7 +57,8 @@ def test_sparse_transport_and_saving_train_as_dense_bitwise(
     verified = [line for line in sparse.output.splitlines() if "topk verify" in line]
     assert len(verified) == 4
     crossings = CROSSINGS[name]
-    assert f"{crossings} hidden states, {crossings} gradients, " in verified[-1]
+    counts = f"{crossings} hidden states, {crossings} gradients, {KEPT[name]} saved activations"
+    assert counts in verified[-1]
     assert "0 hidden states, 0 gradients, " in verified[0]  # k = H: dense
 
 
@@ -110,4 +113,4 @@ def test_rank_killed_in_mid_transfer_ends_the_others_with_a_clear_error(
     assert code == 1, logs[0].read_text()
     assert time.monotonic() - killed < 30
     lines = [line for line in logs[0].read_text().splitlines() if line.startswith("error: ")]
-    assert "rank 0: pipeline rank lost in mid-transfer: rank 1 did not finish" in lines[-1]
+    assert "rank 0: pipeline rank lost in mid-transfer: the one with rank 1 was not" in lines[-1]

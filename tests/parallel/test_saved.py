@@ -5,6 +5,7 @@ from torch import Tensor
 
 from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
+from topk_megatron.parallel.selection import INDICES
 from topk_megatron.parallel.verify import Verifier
 
 
@@ -35,7 +36,7 @@ def test_gradients_are_the_same_bitwise_and_memory_is_counted_once() -> None:
     for got, wanted in zip(gradients(saver), gradients(None), strict=True):
         assert torch.equal(got, wanted)
     assert saver.dense_bytes == 12 * 64 * 4
-    assert saver.packed_bytes == 12 * (4 * 4 + 64 // 8)
+    assert saver.packed_bytes == 12 * (4 * 4 + 4)  # values, and indices of one byte
     assert saver.verifier.take_counts()["saved activations"] == 1
 
 
@@ -62,3 +63,23 @@ def test_memory_of_an_output_is_released_and_its_successor_not_mistaken_for_it()
             assert torch.equal(other.grad, 2 * other.detach())
     saver.leave()
     assert saver.packed_bytes == 0
+
+
+def test_what_a_stage_received_is_let_go_and_still_gets_its_gradient() -> None:
+    y, bits = topk_mask_with_bits(torch.randn(6, 2, 64), 4)
+    indices = torch.ops.topk_megatron.bits_to_indices(bits.view(12, 2), 64, 4)
+    weight = torch.randn(64, requires_grad=True)
+    wanted = y.clone().requires_grad_()
+    (wanted.square() * weight).sum().backward()
+
+    received = y.clone().requires_grad_()
+    setattr(received, INDICES, indices)
+    saver = SparseSaver(Verifier(None))
+    saver.enter(received)
+    loss = (received.square() * weight).sum()
+    saver.leave()
+    assert received.shape == y.shape
+    assert received.untyped_storage().nbytes() == 4
+    loss.backward()
+    assert received.grad is not None
+    assert torch.equal(received.grad, wanted.grad)  # pyright: ignore[reportArgumentType]

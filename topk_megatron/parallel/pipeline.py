@@ -22,14 +22,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from topk_megatron.errors import TransportError
-from topk_megatron.parallel.selection import SELECTION
+from topk_megatron.parallel.selection import INDICES, SELECTION
 from topk_megatron.parallel.stages import MessageOrder, message_order
 from topk_megatron.parallel.verify import Verifier
 from topk_megatron.parallel.wire import (
     WireFormat,
     pack_gradient,
     pack_hidden,
-    selection_of,
     unpack_gradient,
     unpack_hidden,
     wire_format,
@@ -50,7 +49,7 @@ class Arrival:
             self._request.wait()
         except RuntimeError as error:
             raise TransportError(
-                f"pipeline rank lost in mid-transfer: {self._peer} did not finish its message "
+                f"pipeline rank lost in mid-transfer: the one with {self._peer} was not finished "
                 f"({' '.join(str(error).split())}); see the log of that rank for why it ended"
             ) from error
         if self._finish is not None:
@@ -215,8 +214,7 @@ class SparseP2PCommunicator(P2PCommunicator):
             self.verifier.check_hidden(buffer, size, x)
             if not self._forward_only:
                 self._received[boundary].append(indices)
-                if wire.bitmask:
-                    setattr(x, SELECTION, selection_of(wire, message, x))
+                setattr(x, INDICES, indices)
 
         return x, buffer, finish
 

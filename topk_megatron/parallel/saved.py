@@ -18,34 +18,42 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from topk_megatron.ops.library import OPS
-from topk_megatron.parallel.selection import SELECTION
+from topk_megatron.parallel.selection import INDICES
 from topk_megatron.parallel.verify import Verifier
 
 
 class PackedActivation:
-    """A TopK output [..., H] as values [N, K] and a bitmask.
+    """A TopK output [..., H] as values [N, K] and, whichever is smaller, a bitmask or indices.
 
     Attributes:
-        nbytes: memory of the packed form, its bitmask included.
+        nbytes: memory of the packed form, its selection included.
     """
 
-    def __init__(self, x: Tensor, bits: Tensor, k: int, verifier: Verifier) -> None:
-        self.shape, self.k, self._verifier = x.shape, k, verifier
-        rows = x.detach().reshape(-1, x.shape[-1])
-        self.bits = bits.detach().reshape(rows.shape[0], -1)
-        self.values = OPS.gather_row(rows, OPS.bits_to_indices(self.bits, x.shape[-1], k))
+    def __init__(self, known: "_Known", x: Tensor, verifier: Verifier) -> None:
+        self._shape, self._k, self._verifier = known.shape, known.k, verifier
+        rows = x.detach().reshape(-1, known.shape[-1])
+        indices = known.indices
+        if indices is None:
+            assert known.bits is not None
+            bits = known.bits.reshape(rows.shape[0], -1)
+            indices = OPS.bits_to_indices(bits, rows.shape[1], known.k)
+            is_mask = bits.nbytes <= indices.nbytes
+            self._selection, self._is_mask = (bits, True) if is_mask else (indices, False)
+        else:  # the transport keeps them in any case
+            self._selection, self._is_mask = indices, False
+        self._values = OPS.gather_row(rows, indices)
         self._dense = x.detach().clone() if verifier.active else None
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.values, self.bits)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self._values.nbytes + self._selection.nbytes
 
     def expand(self) -> Tensor:
         """The dense tensor, bitwise."""
-        hidden_size = self.shape[-1]
-        indices = OPS.bits_to_indices(self.bits, hidden_size, self.k)
-        x = OPS.scatter_row(self.values, indices, hidden_size).view(self.shape)
+        hidden_size, indices = self._shape[-1], self._selection
+        if self._is_mask:
+            indices = OPS.bits_to_indices(self._selection, hidden_size, self._k)
+        x = OPS.scatter_row(self._values, indices, hidden_size).view(self._shape)
         if self._dense is not None:
             self._verifier.check("saved activations", x, self._dense)
             self._dense = None
@@ -70,22 +78,23 @@ class SparseSaver:
     def remember(self, x: Tensor, bits: Tensor, k: int) -> None:
         """Announce a TopK output, so that it is recognised when it is saved."""
         if self._hooks is not None:
-            self._known[x.data_ptr()] = _Known(x, bits, k)
+            self._known[x.data_ptr()] = _Known(x, k, bits=bits.detach())
 
-    def enter(self, received: Tensor | None = None, k: int = 0) -> None:
+    def enter(self, received: Tensor | None = None) -> None:
         """Begin to pack what is saved from here on.
 
         Args:
-            received: what this stage received from the one before, if that was sent sparsely.
-            k: kept entries of its rows.
+            received: what this stage received from the one before; let go of when it was sent
+                sparsely, once the forward pass is over.
         """
         assert self._hooks is None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
-        bits = getattr(received, SELECTION, None)
-        if received is not None and bits is not None:
+        indices = getattr(received, INDICES, None)
+        if received is not None and indices is not None:
             self._received = received
-            self.remember(received, bits, k)
+            known = _Known(received, indices.shape[-1], indices=indices)
+            self._known[received.data_ptr()] = known
 
     def leave(self) -> None:
         """End packing; what was packed is expanded whenever the backward pass comes."""
@@ -104,7 +113,7 @@ class SparseSaver:
             return tensor
         if known.packed is None:
             x = tensor.detach().view(known.shape)
-            known.packed = PackedActivation(x, known.bits, known.k, self.verifier)
+            known.packed = PackedActivation(known, x, self.verifier)
             self.dense_bytes += tensor.numel() * tensor.element_size()
             self.packed_bytes += known.packed.nbytes
         return known.packed, tensor.shape
@@ -120,8 +129,11 @@ class SparseSaver:
 class _Known:
     """A TopK output by its memory; does not keep it alive."""
 
-    def __init__(self, x: Tensor, bits: Tensor, k: int) -> None:
-        self.shape, self.dtype, self.bits, self.k = x.shape, x.dtype, bits, k
+    def __init__(
+        self, x: Tensor, k: int, bits: Tensor | None = None, indices: Tensor | None = None
+    ) -> None:
+        self.shape, self.dtype, self.k = x.shape, x.dtype, k
+        self.bits, self.indices = bits, indices
         self._storage = StorageWeakRef(x.untyped_storage())
         self._version = x._version
         self.packed: PackedActivation | None = None

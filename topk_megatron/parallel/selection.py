@@ -1,4 +1,6 @@
-"""How a hidden state carries its selection from the layer that made it to who sends or saves it."""
+"""How a hidden state carries its selection from who made it to who sends or saves it."""
 
-# Attribute of a stage's output, or of what a stage received: the TopK's int32 bitmask.
+# Attribute of a stage's output: the TopK's int32 bitmask [..., W].
 SELECTION = "topk_selection"
+# Attribute of what a stage received sparsely: the kept indices [N, K].
+INDICES = "topk_indices"

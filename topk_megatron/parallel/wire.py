@@ -97,13 +97,6 @@ def unpack_hidden(wire: WireFormat, message: Tensor, out: Tensor) -> Tensor:
     return indices_NK
 
 
-def selection_of(wire: WireFormat, message: Tensor, x: Tensor) -> Tensor:
-    """The bitmask in a message whose format has one, as `topk_mask_with_bits` gave it for `x`."""
-    assert wire.bitmask
-    bits_NW = _parts(wire, message, x.numel() // wire.hidden_size)[1]
-    return bits_NW.clone().view(*x.shape[:-1], -1)  # the message is freed
-
-
 def pack_gradient(x: Tensor, indices_NK: Tensor) -> Tensor:
     """The message of a gradient [..., H]: its entries at `indices_NK`, as uint8."""
     values_NK = OPS.gather_row(x.detach().reshape(indices_NK.shape[0], -1), indices_NK)

@@ -116,7 +116,7 @@ def _save_sparsely(decoder: Any, runtime: TopKRuntime) -> None:
 
     def enter(module: Any, _: Any) -> None:
         if module.training:
-            saver.enter(module.input_tensor, runtime.k)
+            saver.enter(module.input_tensor)
 
     def leave(*_: Any) -> None:
         saver.leave()

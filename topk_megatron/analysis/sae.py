@@ -140,9 +140,15 @@ def _summary_row(
         return []
     return [
         {
-            "comparison": name, "layer": layer, "a": one.name, "b": other.name,
-            "measure": measure, "neurons": interval.n, "mean": interval.value,
-            "low": interval.low, "high": interval.high,
+            "comparison": name,
+            "layer": layer,
+            "a": one.name,
+            "b": other.name,
+            "measure": measure,
+            "neurons": interval.n,
+            "mean": interval.value,
+            "low": interval.low,
+            "high": interval.high,
         }
     ]
 

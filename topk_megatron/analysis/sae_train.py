@@ -75,7 +75,9 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
                 mse = float(error) / scale**2
                 rows.append(
                     {
-                        "step": number, "tokens": self.n_training_samples, "mse": mse,
+                        "step": number,
+                        "tokens": self.n_training_samples,
+                        "mse": mse,
                         "explained_variance": 1 - mse / variance,
                         "dead": int(self.dead_neurons.sum()),
                     }

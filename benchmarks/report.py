@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,6 +54,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of each step, medians; of cards the slowest too."""
     first, plots, cards = [], [], []
     with chromium() as browser:
+        page: Any = None
         for load in range(args.loads):
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(f"file://{path}")

@@ -21,10 +21,13 @@ ALLOWED = {
     "text": {"errors"},
     "parallel": {"config", "errors", "ops", "schedule"},
     "model": {"config", "errors", "ops", "parallel", "schedule"},
-    "train": {"config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text"},
-    "plan": {"config", "errors"},
+    "train": {
+        *("config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text")
+    },
     "hf": {"config", "errors", "ops", "schedule", "train"},
     "evaluation": {"errors", "text"},
+    "analysis": {"config", "errors", "hf", "ops", "text"},
+    "explorer": {"analysis", "cli", "errors", "hf"},
     "testing": {"cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
@@ -97,7 +97,7 @@ def test_without_any_whole_checkpoint_the_damages_are_listed(tmp_path: Path) -> 
 def test_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     cut_short(checkpoint(tmp_path, 20))
-    with pytest.raises(CheckpointError, match="iteration 20 .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"iteration 20 .* is damaged"):
         find_checkpoint(tmp_path, 20)
 
 

@@ -10,8 +10,8 @@ checkpoint half way), and when they stopped because they were asked to and have 
 And ``--max-restarts`` works: torchrun lends its own store to the ranks, where the restarted ones
 find the addresses of the dead (pytorch/pytorch#135712); here every life of a job has a new store.
 
-Ranks cannot tell of a stop by their own exit code: torchrun would take it for a failure and restart them.
-Local rank 0 leaves a note instead, in a file named by TOPK_STOP_NOTE.
+Ranks cannot tell of a stop by their own exit code: torchrun would take it for a failure and restart
+them. Local rank 0 leaves a note instead, in a file named by TOPK_STOP_NOTE.
 """
 
 import os

@@ -20,11 +20,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from topk_megatron.analysis.study import Run
 from topk_megatron.analysis.tables import read_table
+
+# Its functions are made at import, where a type checker does not see them.
+compute: Any = pyarrow.compute
 
 _TOKENS = 12
 _SAMPLES = 12
@@ -132,9 +135,9 @@ class CardReader:
         if not path.is_file():
             return []
         table = read_table(path, [*(("run",) if own else ()), "layer", "neuron", *columns])
-        keep = pc.equal(table["layer"], layer)
+        keep = compute.equal(table["layer"], layer)
         if own:
-            keep = pc.and_(keep, pc.equal(table["run"], self.run.name))
+            keep = compute.and_(keep, compute.equal(table["run"], self.run.name))
         table = table.filter(keep)
-        inside = pc.less(table["neuron"], pa.scalar(self.run.width, pa.int32()))
+        inside = compute.less(table["neuron"], pa.scalar(self.run.width, pa.int32()))
         return table.filter(inside).drop_columns(["layer"]).to_pylist()

@@ -88,7 +88,7 @@ def integer(content: dict[str, Any], name: str, low: int, high: int) -> int:
 
 def real(content: dict[str, Any], name: str, low: float, high: float) -> float:
     """A finite number from low to high."""
-    value = content.get(name)
+    value: Any = content.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise RequestError(f"{name} must be a number from {low:g} to {high:g}, got {_short(value)}")

@@ -17,7 +17,7 @@ def find_damage(directory: Path, *, hashes: bool = False) -> str | None:
         directory: a complete torch_dist checkpoint.
         hashes: also read every byte and compare it with the recorded SHA-256, if there is one.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     try:
         storage: Any = FileSystemReader(str(directory)).read_metadata().storage_data

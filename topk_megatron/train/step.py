@@ -186,7 +186,8 @@ def _validate_loss(loss: Tensor) -> None:
         if args.rerun_mode == "disabled":
             _refuse_non_finite(loss, args)
         else:
-            for rejection, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            checks: Any = ((torch.isnan, "NaN"), (torch.isinf, "Inf"))
+            for rejection, name in checks:
                 machine.validate_result(
                     result=loss,
                     rejection_func=rejection,

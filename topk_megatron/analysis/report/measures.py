@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from topk_megatron.analysis.study import Run
 from topk_megatron.analysis.tables import read_table
+
+# Its functions are made at import, where a type checker does not see them.
+compute: Any = pyarrow.compute
 
 _ENTROPY = {
     "token_entropy": ("Token entropy", "by count, corrected for the size of the sample"),
@@ -99,7 +102,7 @@ def _entropies(study: Path, run: Run, grid: Grid) -> list[Measure]:
     if not path.is_file():
         return []
     table = read_table(path, ["run", "layer", "neuron", "semantic_clusters", *_ENTROPY])
-    table = table.filter(pc.equal(table["run"], run.name))
+    table = table.filter(compute.equal(table["run"], run.name))
     found = [
         Measure(key, label, "bits", hint, grid.fill(table, key))
         for key, (label, hint) in _ENTROPY.items()
@@ -116,7 +119,7 @@ def _is_last_checkpoint(study: Path, run: Run) -> bool:
     table = read_table(path, ["run", "iteration"])
     if run.name in table["run"].unique().to_pylist():
         return True
-    last = pc.max(table["iteration"]).as_py()
+    last = compute.max(table["iteration"]).as_py()
     return last is not None and run.manifest["model"]["iteration"] == last and run.kind == "topk"
 
 
@@ -159,8 +162,8 @@ def best_steering(study: Path, run: Run) -> pa.Table | None:
         return None
     columns = ["run", "layer", "neuron", "control", "strength", "success", "damage"]
     table = read_table(path, columns)
-    keep = pc.and_(pc.equal(table["run"], run.name), pc.invert(table["control"]))
-    table = table.filter(pc.and_(keep, pc.is_valid(table["success"])))
+    keep = compute.and_(compute.equal(table["run"], run.name), compute.invert(table["control"]))
+    table = table.filter(compute.and_(keep, compute.is_valid(table["success"])))
     if not table.num_rows:
         return None
     order: Any = [("layer", "ascending"), ("neuron", "ascending"), ("success", "descending")]

@@ -70,7 +70,7 @@ def test_a_neuron_of_one_token_has_0_bits_and_of_16_tokens_has_4(
     rows: dict[int, dict], measure: str
 ) -> None:
     assert rows[0][measure] == pytest.approx(0, abs=1e-9)
-    assert rows[1][measure] == pytest.approx(4, abs=0.01 if measure == "token_entropy" else 1e-9)
+    assert rows[1][measure] == pytest.approx(4, abs=0.05 if measure == "token_entropy" else 1e-9)
     assert rows[5][measure] is None
     assert rows[5]["count"] == 0
 

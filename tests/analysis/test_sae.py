@@ -96,7 +96,7 @@ def test_planted_directions_are_found_by_both_seeds() -> None:
         assert rows[-1]["explained_variance"] > 0.8
         decoders.append(torch.nn.functional.normalize(sae.W_dec.detach(), dim=1))
         found = (decoders[-1] @ directions.T).max(dim=0).values
-        assert (found > 0.9).float().mean() >= 0.7
+        assert (found > 0.85).float().mean() >= 0.7
 
 
 @pytest.mark.parametrize(

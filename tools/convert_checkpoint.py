@@ -8,6 +8,8 @@ python tools/convert_checkpoint.py to-megatron --load runs/topk-hf --save runs/a
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,24 @@ def read_size(text: str) -> int:
     return size
 
 
-def progress(total: int) -> Any:
-    """A bar over the bytes of the weights."""
+@contextmanager
+def bars() -> Iterator[Any]:
+    """Give what makes a bar over the bytes of one conversion; none is left open for an error."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr).update
+    shown: list[Any] = []
+
+    def bar(total: int) -> Any:
+        if shown:
+            shown[-1].close()
+        shown.append(tqdm(total=total, unit="B", unit_scale=True, desc="converting"))
+        return shown[-1].update
+
+    try:
+        yield bar
+    finally:
+        for one in shown:
+            one.close()
 
 
 def _to_hf(args: argparse.Namespace) -> None:
@@ -110,12 +125,14 @@ def _to_hf(args: argparse.Namespace) -> None:
         tokenizer=not args.no_tokenizer,
     )
     if args.all_iterations:
-        revisions = export_trajectory(args.load, args.save, settings, progress=progress)
+        with bars() as bar:
+            revisions = export_trajectory(args.load, args.save, settings, progress=bar)
         print(f"{args.save}: {len(revisions)} revisions, see trajectory.json")
         return
-    source = export_checkpoint(
-        args.load, args.save, settings, iteration=args.iteration, progress=progress
-    )
+    with bars() as bar:
+        source = export_checkpoint(
+            args.load, args.save, settings, iteration=args.iteration, progress=bar
+        )
     print(f"{args.save}: iteration {source.iteration}, {source.tokens_seen:,} tokens seen")
 
 
@@ -126,7 +143,8 @@ def _to_megatron(args: argparse.Namespace) -> None:
         divisible_by=args.make_vocab_size_divisible_by,
         tokenizer=not args.no_tokenizer,
     )
-    source = restore_checkpoint(args.load, args.save, settings, progress=progress)
+    with bars() as bar:
+        source = restore_checkpoint(args.load, args.save, settings, progress=bar)
     print(f"{args.save}: iteration {source.iteration}; it has no optimizer, so train on with")
     if source.is_export:
         print(f"  --load {args.save} --no-load-optim --no-load-rng")

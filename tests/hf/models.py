@@ -78,8 +78,11 @@ def make_config(**changes: Any) -> TopKLMConfig:
     return TopKLMConfig(**{**settings, **changes})
 
 
-def make_model(family: str = "default") -> TopKLMForCausalLM:
-    """A model of the family in evaluation mode; every weight differs from its initial constant."""
+def make_model(family: str = "default") -> Any:
+    """A TopKLMForCausalLM of the family (its `generate` has no type), ready to evaluate.
+
+    Every weight differs from its initial constant.
+    """
     torch.manual_seed(0)
     model = TopKLMForCausalLM(make_config(**FAMILIES[family])).eval()
     generator = torch.Generator().manual_seed(1)

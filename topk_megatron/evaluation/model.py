@@ -62,9 +62,10 @@ def open_model(directory: Path, *, dtype: str = "float32", device: str = "cpu") 
     offline: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(directory, **offline)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), output_loading_info=True, **offline
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(directory, **offline)
     except Exception as error:  # transformers raises a dozen kinds for a broken folder
         raise CheckpointError(f"{directory} cannot be opened: {_first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -23,6 +25,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from topk_megatron.errors import UserError
 
 COMMON_KEY = "common_state/shard_0_1"
 
@@ -70,9 +74,27 @@ def write_torch_dist(
     directory.mkdir(parents=True)
     objects = {COMMON_KEY: common, **dict.fromkeys(empty_objects)}
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    save_distributed({}, storage_writer=writer, planner=_Planner(chunks, objects), no_dist=True)
+    with warnings.catch_warnings():
+        # One process is what is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            planner = _Planner(chunks, objects)
+            save_distributed({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise _reason(error) from error
     settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(settings))
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    """What was at the root of it: a user's mistake or the operating system's word."""
+    found: BaseException | None = next(iter(error.failures.values()))[0]
+    last = found
+    while found is not None:
+        if isinstance(found, UserError | OSError):
+            return found
+        last, found = found, found.__cause__ or found.__context__
+    return last or error
 
 
 class _Planner(DefaultSavePlanner):

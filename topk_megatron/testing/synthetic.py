@@ -72,9 +72,9 @@ def write_synthetic_checkpoint(
         tokenizer_model=None if tokenizer_model is None else str(tokenizer_model),
         tokenizer_vocab_size=config["vocab_size"],
     )
-    vars(args).update(consumed_train_samples=8 * iteration, **(arguments or {}))
     if topk is not None:
         args.topk = topk.to_dict()
+    vars(args).update(consumed_train_samples=8 * iteration, **(arguments or {}))
     common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
     target = directory / f"iter_{iteration:07d}"
     write_torch_dist(target, chunks, common, [])

@@ -76,6 +76,12 @@ def write_corpus(prefix: Path, documents: list[np.ndarray], code: int = 8) -> Pa
     return prefix
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """As the ranks of torchrun: other numbers of threads sum in another order."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def topk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TopK LM: H = 32, k = 4 at layers 0 and 1 of 3."""

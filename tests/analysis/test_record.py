@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +25,9 @@ from topk_megatron.errors import AnalysisError
 from topk_megatron.ops.reference import topk_mask_reference
 from topk_megatron.testing.launch import REPOSITORY
 
-SETTINGS = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
+SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
+# Sums are made in another order on other numbers of threads.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 FLAGS = ("--block-tokens", 300, "--top-n", 5, "--bootstrap-neurons", 4)
 
 
@@ -190,31 +193,35 @@ def test_small_tables_in_memory_change_nothing(
         assert tables.read_table(done.directory / name).equals(topk_run.table(name))
 
 
-def command(folder: Path, prefix: Path, study: Path) -> list[str]:
+def command(folder: Path, prefix: Path, study: Path, block_tokens: int = 300) -> list[str]:
     arguments = ["record", "--model", folder, "--corpus", prefix, "--study", study]
-    arguments += ["--run", "topk", *FLAGS]
+    arguments += ["--name", "topk", *FLAGS, "--block-tokens", block_tokens]
     return [str(REPOSITORY / "tools/analyze.py"), *map(str, arguments)]
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(
-    topk_run: Run, topk_folder: Path, token_corpus: Path, tmp_path: Path
+    topk_folder: Path, token_corpus: Path, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "runs" / "topk"
-    call = [sys.executable, *command(topk_folder, token_corpus, tmp_path)]
-    process = subprocess.Popen(call, stderr=subprocess.DEVNULL)
+    source = make_source(open_folder(topk_folder))
+    config = RecordConfig(study=tmp_path / "a", run="topk", **{**SETTINGS, "block_tokens": 32})
+    whole = record(source, corpus_of(token_corpus), config)
+    directory = tmp_path / "b" / "runs" / "topk"
+    call = [sys.executable, *command(topk_folder, token_corpus, tmp_path / "b", 32)]
+    process = subprocess.Popen(call, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     deadline = time.monotonic() + 120
-    # Kill it when a part of the blocks is there.
+    # Kill it when some of the 40 blocks are there.
     while not list(directory.glob("parts/block-000001.npz")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (directory / "manifest.json").exists()
     (directory / "parts" / "block-000000.npz").write_bytes(b"half a file")
-    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert files_of(directory) == files_of(topk_run.directory)
+    assert files_of(directory) == files_of(whole.directory)
 
 
 @pytest.mark.slow
@@ -228,7 +235,7 @@ def test_two_ranks_equal_one(
         capture_output=True,
         text=True,
         timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
     )
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "runs" / "topk") == files_of(topk_run.directory)
@@ -284,7 +291,7 @@ def test_damaged_and_missing_files_of_a_run_are_named(
         (["--seq-length", 64], "more than the 32 positions"),
         (["--max-tokens", 0], "--max-tokens must be at least 1"),
         (["--top-n", 0], "--top-n must be at least 1"),
-        (["--run", "a/b"], "a run is named with letters"),
+        (["--name", "a/b"], "a run is named with letters"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -300,6 +307,6 @@ def test_bad_input_is_one_line(
     names = {"DENSE": dense_folder, "EMPTY": tmp_path / "empty", "NOWHERE": tmp_path / "x.txt"}
     flags = [names.get(str(flag), flag) for flag in flags]
     base = ["record", "--model", topk_folder, "--corpus", token_corpus]
-    result = analyze(monkeypatch, *base, "--study", tmp_path, "--run", "run", *flags)
+    result = analyze(monkeypatch, *base, "--study", tmp_path, "--name", "run", *flags)
     assert_one_error(result, reason)
     assert not (tmp_path / "runs" / "run" / "manifest.json").exists()

@@ -19,9 +19,7 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--study", type=Path, required=True, help="directory of all results")
-    parser.add_argument(
-        "--run", dest="name", default="sae", help="runs are called RUN-seed-S (default: sae)"
-    )
+    parser.add_argument("--name", default="sae", help="runs are called NAME-seed-S (default: sae)")
     add_corpus_arguments(parser)
     parser.add_argument("--train-documents", metavar="A:B", help="documents to train on")
     parser.add_argument("--layers", help="layers (default: all but the last two)")

@@ -21,9 +21,7 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
         "--trajectory", type=Path, required=True, help="folder with trajectory.json"
     )
     parser.add_argument("--study", type=Path, required=True, help="directory of all results")
-    parser.add_argument(
-        "--run", dest="name", default="trajectory", help="runs are called RUN@ITERATION"
-    )
+    parser.add_argument("--name", default="trajectory", help="runs are called NAME@ITERATION")
     add_corpus_arguments(parser)
     parser.add_argument("--layers", help="layers to follow (default: the TopK layers)")
     parser.add_argument("--k", type=positive, help="neurons to keep of dense models")

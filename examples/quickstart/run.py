@@ -146,7 +146,14 @@ def train(
         *("--train-iters", str(args.steps), "--eval-interval", str(args.steps + 1)),
         *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
-        *("--save", str(directory), "--load", str(directory), "--save-interval", "90"),
+        *(
+            "--save",
+            str(directory),
+            "--load",
+            str(directory),
+            "--save-interval",
+            str(max(1, args.steps // 4)),
+        ),
         *("--tensorboard-dir", str(directory / "tensorboard"), "--tensorboard-log-interval", "1"),
         "--log-timers-to-tensorboard",
     ]

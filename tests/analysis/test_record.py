@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from topk_megatron.errors import AnalysisError
 from topk_megatron.ops.reference import topk_mask_reference
 from topk_megatron.testing.launch import REPOSITORY
 
-SETTINGS = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
+SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
 # Sums are made in another order on other numbers of threads.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 FLAGS = ("--block-tokens", 300, "--top-n", 5, "--bootstrap-neurons", 4)

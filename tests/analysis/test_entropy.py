@@ -46,7 +46,7 @@ def embed(texts: Sequence[str]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(topk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """160 documents: the tokens 2 to 17 twenty times each, and so each of the eight others."""
+    """480 documents: the tokens 2 to 17, and eight others, 20 times each."""
     study = tmp_path_factory.mktemp("study")
     rng = np.random.default_rng(0)
     words = np.repeat([*range(2, 18), *SYNONYMS, *STRANGERS], 20)

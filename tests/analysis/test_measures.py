@@ -36,8 +36,9 @@ def histogram_of(table: np.ndarray) -> Histogram:
     neurons, tokens = np.nonzero(table)
     starts = np.searchsorted(neurons, np.arange(len(table) + 1))
     counts = table[neurons, tokens]
-    rows, width = table.shape
-    return Histogram(rows, width, starts, tokens.astype(np.int32), counts, counts.astype(float))
+    width, vocab_size = table.shape
+    mass = counts.astype(float)
+    return Histogram(width, vocab_size, starts, tokens.astype(np.int32), counts, mass)
 
 
 class TestEntropy:

@@ -12,7 +12,9 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", required=True, help="prefix of a Megatron dataset, or text files (name or glob)"
     )
     parser.add_argument(
-        "--documents", metavar="A:B", help="only these, as in Python: -4: is the last four"
+        "--documents",
+        metavar="A:B",
+        help="only these, as in Python; the last four: --documents=-4:",
     )
     parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
     parser.add_argument(

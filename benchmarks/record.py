@@ -123,6 +123,7 @@ def compare(args: argparse.Namespace, directory: Path) -> None:
     names = ("plain, no logits", "plain", "aggregates", "aggregates and raw")
     times: dict[str, list[float]] = {name: [] for name in names}
     merged: list[float] = []
+    bytes_per_token = 0.0
     plain(folder, corpus, args.batch, logits=True)
     for _ in range(args.repeats):
         times[names[0]].append(plain(folder, corpus, args.batch, logits=False))
@@ -131,6 +132,7 @@ def compare(args: argparse.Namespace, directory: Path) -> None:
             total, speed = recording(folder, corpus, args.batch, directory, raw)
             times[name].append(speed["seconds"])
             merged.append(total - speed["seconds"])
+            bytes_per_token = speed["raw_bytes_per_token"] or bytes_per_token
     print(f"{'pass':<22}{'tokens/s':>10}{'of plain':>10}{'of plain, no logits':>21}")
     for name in names:
         shares = [
@@ -139,7 +141,7 @@ def compare(args: argparse.Namespace, directory: Path) -> None:
         ]
         rate = len(corpus.tokens) / statistics.median(times[name])
         print(f"{name:<22}{rate:>10,.0f}{shares[0]:>10.3f}{shares[1]:>21.3f}")
-    print(f"raw: {speed['raw_bytes_per_token']:,.0f} bytes/token")
+    print(f"raw: {bytes_per_token:,.0f} bytes/token")
     print(f"merge of {len(corpus.tokens):,} tokens: {statistics.median(merged):.2f} s")
 
 

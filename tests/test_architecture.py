@@ -17,10 +17,13 @@ ALLOWED = {
     "cli": {"errors"},
     "device": set(),
     "text": {"errors"},
-    "model": {"config", "errors", "ops", "schedule"},
-    "train": {"config", "device", "errors", "model", "text"},
+    "parallel": {"config", "errors", "ops", "schedule"},
+    "model": {"config", "errors", "ops", "parallel", "schedule"},
+    "train": {"config", "device", "errors", "model", "ops", "parallel", "schedule", "text"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
-    "testing": {"cli", "device", "model", "ops", "train"},
+    "evaluation": {"errors", "text"},
+    "analysis": {"config", "errors", "hf", "ops", "text"},
+    "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

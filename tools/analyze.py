@@ -1,6 +1,6 @@
 """Study the neurons of exported models: what they mean, when they came to be, what they do.
 
-python tools/analyze.py record --model hf/topk --corpus data/text --study study --run topk
+python tools/analyze.py record --model hf/topk --corpus data/text --study study --name topk
 python tools/analyze.py entropy --study study --runs topk
 torchrun --nproc-per-node 8 tools/analyze.py record …    shares the work between ranks
 

@@ -2,17 +2,22 @@
 
 python tools/convert_checkpoint.py to-hf --load runs/topk --save runs/topk-hf
 python tools/convert_checkpoint.py to-hf --load runs/topk --all-iterations --save runs/trajectory
+python tools/convert_checkpoint.py to-megatron --load runs/topk-hf --save runs/again
 """
 
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
 from topk_megatron.hf.export import DTYPES, ExportSettings, export_checkpoint
+from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
+from topk_megatron.hf.trajectory import export_trajectory
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -24,6 +29,12 @@ def parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_to_hf(commands.add_parser("to-hf", help="a Megatron checkpoint as a Hugging Face folder"))
+    _add_to_megatron(
+        commands.add_parser(
+            "to-megatron",
+            help="an exported folder, or a dense Llama, Qwen2 or Qwen3, as a Megatron checkpoint",
+        )
+    )
     return parser.parse_args()
 
 
@@ -45,6 +56,28 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
 
 
+def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="the Hugging Face folder")
+    add("--save", type=Path, required=True, help="the checkpoint to make; must not exist")
+    add(
+        "--tp",
+        type=int,
+        default=1,
+        help="tensor-parallel size of the run to come. A torch_dist checkpoint loads in any "
+        "layout; this decides only to which multiple the vocabulary is padded "
+        "(default: %(default)s)",
+    )
+    add("--pp", type=int, default=1, help="pipeline-parallel size; only recorded")
+    add(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="as in Megatron (default: that of the exported run; 128 for other models)",
+    )
+    add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+
+
 def read_size(text: str) -> int:
     """Bytes of 2GB, 500MB, 1GiB or a plain number."""
     upper = text.strip().upper()
@@ -63,11 +96,24 @@ def read_size(text: str) -> int:
     return size
 
 
-def progress(total: int) -> Any:
-    """A bar over the bytes of the weights."""
+@contextmanager
+def bars() -> Iterator[Any]:
+    """Give what makes a bar over the bytes of one conversion; none is left open for an error."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr).update
+    shown: list[Any] = []
+
+    def bar(total: int) -> Any:
+        if shown:
+            shown[-1].close()
+        shown.append(tqdm(total=total, unit="B", unit_scale=True, desc="converting"))
+        return shown[-1].update
+
+    try:
+        yield bar
+    finally:
+        for one in shown:
+            one.close()
 
 
 def _to_hf(args: argparse.Namespace) -> None:
@@ -78,10 +124,32 @@ def _to_hf(args: argparse.Namespace) -> None:
         tokenizer_model=args.tokenizer_model,
         tokenizer=not args.no_tokenizer,
     )
-    source = export_checkpoint(
-        args.load, args.save, settings, iteration=args.iteration, progress=progress
-    )
+    if args.all_iterations:
+        with bars() as bar:
+            revisions = export_trajectory(args.load, args.save, settings, progress=bar)
+        print(f"{args.save}: {len(revisions)} revisions, see trajectory.json")
+        return
+    with bars() as bar:
+        source = export_checkpoint(
+            args.load, args.save, settings, iteration=args.iteration, progress=bar
+        )
     print(f"{args.save}: iteration {source.iteration}, {source.tokens_seen:,} tokens seen")
+
+
+def _to_megatron(args: argparse.Namespace) -> None:
+    settings = RestoreSettings(
+        tp=args.tp,
+        pp=args.pp,
+        divisible_by=args.make_vocab_size_divisible_by,
+        tokenizer=not args.no_tokenizer,
+    )
+    with bars() as bar:
+        source = restore_checkpoint(args.load, args.save, settings, progress=bar)
+    print(f"{args.save}: iteration {source.iteration}; it has no optimizer, so train on with")
+    if source.is_export:
+        print(f"  --load {args.save} --no-load-optim --no-load-rng")
+    else:
+        print(f"  --load {args.save} --finetune, and the --topk-... flags of the TopK LM to be")
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -93,7 +161,7 @@ def main() -> None:
     """Convert, and say what was made."""
     args = parse()
     signal.signal(signal.SIGTERM, _stop)
-    _to_hf(args)
+    {"to-hf": _to_hf, "to-megatron": _to_megatron}[args.command](args)
 
 
 if __name__ == "__main__":

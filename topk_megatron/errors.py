@@ -19,3 +19,11 @@ class CheckpointError(UserError):
 
 class AnalysisError(UserError):
     """A measurement that was asked for cannot be made of this model, corpus or study."""
+
+
+class TransportError(RuntimeError):
+    """A pipeline rank is gone, or did not send what was due within the distributed timeout."""
+
+
+class VerificationError(RuntimeError):
+    """A sparse form did not give back the dense tensor bit for bit: a bug, never the user's."""

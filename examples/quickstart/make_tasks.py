@@ -11,6 +11,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PLAYS = ("tragedies/romeo-and-juliet.md", "tragedies/timon-of-athens.md")
@@ -35,8 +36,16 @@ def main() -> None:
     for name, make in (("next_line", next_lines), ("next_speaker", next_speakers)):
         examples = [example for text in texts for example in make(text, random.Random(name))]
         chosen = random.Random(0).sample(examples, EXAMPLES)
-        lines = [json.dumps(example, ensure_ascii=False) for example in chosen]
+        placed = [place_answer(example, n % CHOICES) for n, example in enumerate(chosen)]
+        lines = [json.dumps(example, ensure_ascii=False) for example in placed]
         (args.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def place_answer(example: dict[str, Any], place: int) -> dict[str, Any]:
+    """Put the right choice where it belongs: every place is right equally often."""
+    choices = [choice for n, choice in enumerate(example["choices"]) if n != example["answer"]]
+    choices.insert(place, example["choices"][example["answer"]])
+    return {**example, "choices": choices, "answer": place}
 
 
 def speeches(text: str) -> list[tuple[str, list[str]]]:
@@ -49,7 +58,7 @@ def speeches(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def next_lines(text: str, draw: random.Random) -> list[dict[str, object]]:
+def next_lines(text: str, draw: random.Random) -> list[dict[str, Any]]:
     """Four lines of a speech, and which of four lines of the same play follows."""
     spoken = speeches(text)
     pool = [line for _, lines in spoken for line in lines if 25 <= len(line) <= 60]
@@ -59,11 +68,11 @@ def next_lines(text: str, draw: random.Random) -> list[dict[str, object]]:
             continue
         others = [line for line in draw.sample(pool, 9) if line != lines[4]][: CHOICES - 1]
         context = f"**{speaker}**  \n" + "".join(f"{line}  \n" for line in lines[:4])
-        examples.append(_example(context, lines[4], others, draw))
+        examples.append(_example(context, lines[4], others))
     return examples
 
 
-def next_speakers(text: str, draw: random.Random) -> list[dict[str, object]]:
+def next_speakers(text: str, draw: random.Random) -> list[dict[str, Any]]:
     """Two speeches, and who of four characters of the play speaks after them."""
     spoken = [speech for speech in speeches(text) if len(speech[1]) <= 4]
     people = sorted({speaker for speaker, _ in spoken})
@@ -75,16 +84,13 @@ def next_speakers(text: str, draw: random.Random) -> list[dict[str, object]]:
         context = "".join(
             f"**{speaker}**  \n" + "  \n".join(lines) + "\n\n" for speaker, lines in (first, second)
         )
-        examples.append(_example(f"{context}**", third[0] + "**", [f"{n}**" for n in others], draw))
+        examples.append(_example(f"{context}**", third[0] + "**", [f"{n}**" for n in others]))
     return examples
 
 
-def _example(
-    context: str, answer: str, others: list[str], draw: random.Random
-) -> dict[str, object]:
+def _example(context: str, answer: str, others: list[str]) -> dict[str, Any]:
     choices = [answer, *others[: CHOICES - 1]]
-    draw.shuffle(choices)
-    return {"context": context, "choices": choices, "answer": choices.index(answer)}
+    return {"context": context, "choices": choices, "answer": 0}
 
 
 if __name__ == "__main__":

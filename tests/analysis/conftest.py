@@ -25,7 +25,7 @@ def make_tokenizer(directory: Path, words: list[str]) -> None:
 
 
 def make_model(directory: Path, *, layers: tuple[int, ...], seed: int, iteration: int = 0) -> Path:
-    """A random model of 3 layers with a TopK at `layers`, saved as tools/convert_checkpoint.py does."""
+    """A random model of 3 layers with a TopK at `layers`, saved as an export is."""
     from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
 
     torch.manual_seed(seed)
@@ -74,6 +74,12 @@ def write_corpus(prefix: Path, documents: list[np.ndarray], code: int = 8) -> Pa
         + np.arange(len(documents) + 1, dtype="<i8").tobytes()
     )
     return prefix
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """As the ranks of torchrun: other numbers of threads sum in another order."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

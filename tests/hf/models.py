@@ -1,10 +1,12 @@
 """Tiny models of every family that a configuration can describe, with random weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
+from topk_megatron.hf.tokenizer import export_tokenizer
 
 HIDDEN, VOCAB, K = 64, 97, 8
 TOPK = {
@@ -76,8 +78,11 @@ def make_config(**changes: Any) -> TopKLMConfig:
     return TopKLMConfig(**{**settings, **changes})
 
 
-def make_model(family: str = "default") -> TopKLMForCausalLM:
-    """A model of the family in evaluation mode; every weight differs from its initial constant."""
+def make_model(family: str = "default") -> Any:
+    """A TopKLMForCausalLM of the family (its `generate` has no type), ready to evaluate.
+
+    Every weight differs from its initial constant.
+    """
     torch.manual_seed(0)
     model = TopKLMForCausalLM(make_config(**FAMILIES[family])).eval()
     generator = torch.Generator().manual_seed(1)
@@ -92,3 +97,14 @@ def make_tokens(rows: int = 2, length: int = 10) -> torch.Tensor:
     """Token numbers [rows, length], none of them special."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def make_folder(directory: Path, tokenizer: Path, family: str = "default", **changes: Any) -> Path:
+    """An exported folder with random weights and a real tokenizer, made without Megatron."""
+    directory.mkdir(parents=True)
+    length = changes.setdefault("max_position_embeddings", 64)
+    tokens = export_tokenizer("SentencePieceTokenizer", str(tokenizer), directory, length)
+    torch.manual_seed(0)
+    config = make_config(**{**FAMILIES[family], **tokens, **changes})
+    TopKLMForCausalLM(config).save_pretrained(directory)
+    return directory

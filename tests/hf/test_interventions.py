@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.hf.models import HIDDEN, K, make_model, make_tokens
-from topk_megatron.hf.modeling.modeling_topk import Intervention, TopKLMForCausalLM
+from topk_megatron.hf.modeling.modeling_topk import Intervention
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 OPERATIONS = {
@@ -20,7 +20,7 @@ OPERATIONS = {
 
 
 @contextmanager
-def by_hand(model: TopKLMForCausalLM, layer: int, change: Any) -> Iterator[None]:
+def by_hand(model: Any, layer: int, change: Any) -> Iterator[None]:
     """The same in plain PyTorch: a hook that rewrites the output of the layer's TopK."""
 
     def hook(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,6 @@ def test_greedy_continuations_are_equal_in_both_and_each_opens_what_the_other_sa
     tokens = make_tokens(2, 12)
     for name in ("model", "model-from-4"):
         path = continued / family / name
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
         greedy = model.generate(tokens, max_new_tokens=64, do_sample=False, eos_token_id=None)
         assert torch.equal(greedy, expected), name

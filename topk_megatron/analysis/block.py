@@ -8,6 +8,7 @@ Legend: T tokens of the block, K survivors a token, N neurons of the layer, V to
 vocabulary, E examples, W tokens of a window.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,7 +127,7 @@ def top_examples(
     threshold = np.full(sizes.width, -np.inf, dtype=np.float32)
     # The thresholds of a short beginning let few candidates through in the long rest.
     edges = [0, *(num_tokens // part for part in (64, 16, 4) if num_tokens // part), num_tokens]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         new = neurons_TK[begin:end].ravel().astype(np.int64)
         strength = values_TK[begin:end].ravel()
         real = strength != 0

@@ -1,7 +1,7 @@
 """The text that neurons are studied on: one stream of token ids, cut into documents.
 
-A Megatron dataset (``.bin``/``.idx``) is mapped into memory and never read as a whole; text files go
-through the model's own tokenizer. Models see the stream in sequences of equal length, documents
+A Megatron dataset (``.bin``/``.idx``) is mapped into memory and never read as a whole; text files
+go through the model's own tokenizer. Models see the stream in sequences of equal length, documents
 packed behind each other as in training.
 """
 
@@ -52,7 +52,7 @@ class Corpus:
         return np.asarray(self.tokens[first:last], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and document ends; equal for equal corpora, however they were stored."""
+        """SHA-256 of tokens and document ends; equal for equal text, however stored."""
         digest = hashlib.sha256()
         for begin in range(0, len(self.tokens), _HASH_CHUNK):
             digest.update(np.asarray(self.tokens[begin : begin + _HASH_CHUNK], "<i4").tobytes())
@@ -147,7 +147,7 @@ def _open_megatron(prefix: str) -> Corpus:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Token dtype, sequence lengths int32, byte offsets int64, sequence numbers of document starts."""
+    """Token dtype, sequence lengths int32, byte offsets and document starts int64."""
     raw = path.read_bytes()
     if not raw.startswith(_INDEX_HEADER) or len(raw) < _INDEX_FIXED_BYTES:
         raise DataError(f"{path} is no Megatron index (.idx)")

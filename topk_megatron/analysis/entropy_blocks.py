@@ -46,9 +46,15 @@ def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
         )
         summary.append(
             {
-                "run": run.name, "kind": run.kind, "layer": _ALL_LAYERS,
-                "measure": "token_entropy", "neurons": neurons, "mean": interval.value,
-                "low": interval.low, "high": interval.high, "resampled": "blocks",
+                "run": run.name,
+                "kind": run.kind,
+                "layer": _ALL_LAYERS,
+                "measure": "token_entropy",
+                "neurons": neurons,
+                "mean": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "resampled": "blocks",
             }
         )
     first = runs[0].name
@@ -63,9 +69,14 @@ def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
             )
             differences.append(
                 {
-                    "measure": "token_entropy", "layer": _ALL_LAYERS, "run_a": first,
-                    "run_b": run.name, "resampled": "blocks", "difference": interval.value,
-                    "low": interval.low, "high": interval.high,
+                    "measure": "token_entropy",
+                    "layer": _ALL_LAYERS,
+                    "run_a": first,
+                    "run_b": run.name,
+                    "resampled": "blocks",
+                    "difference": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
                 }
             )
     return BlockRows(summary, differences)

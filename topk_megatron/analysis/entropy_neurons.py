@@ -3,6 +3,7 @@
 Legend: N neurons, V tokens, E examples of a neuron.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +62,7 @@ class LayerEntropies:
 
 def layer_examples(run: Run, layer: int) -> LayerExamples:
     """Read a layer's examples and windows."""
-    table = run.examples.filter(pa.compute.equal(run.examples["layer"], layer))  # pyright: ignore
+    table = run.examples.filter(pa.array(run.examples["layer"].to_numpy() == layer))
     wanted = run.manifest["top_n"]
     neurons = table["neuron"].to_numpy()
     counts = np.bincount(neurons, minlength=run.width)
@@ -156,7 +157,7 @@ def telling_tokens(histogram: Histogram, marginal: np.ndarray) -> dict[str, list
         starts = np.searchsorted(groups[order], np.arange(histogram.width + 1))
         parts = [
             order[begin : min(begin + LISTED_TOKENS, end)]
-            for begin, end in zip(starts[:-1], starts[1:], strict=True)
+            for begin, end in itertools.pairwise(starts)
         ]
         found[names[0]] = [histogram.tokens[part] for part in parts]
         found[names[1]] = [values[part] for part in parts]

@@ -145,9 +145,15 @@ def _summary_row(config: Any, key: tuple[str, str, int, str], values: np.ndarray
     assert interval is not None
     run, kind, layer, measure = key
     return {
-        "run": run, "kind": kind, "layer": layer, "measure": measure,
-        "neurons": interval.n, "mean": interval.value,
-        "low": interval.low, "high": interval.high, "resampled": "neurons",
+        "run": run,
+        "kind": kind,
+        "layer": layer,
+        "measure": measure,
+        "neurons": interval.n,
+        "mean": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "resampled": "neurons",
         **{f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES},
     }
 
@@ -177,10 +183,14 @@ def _differences(config: Any, runs: list[Run], groups: _Groups) -> list[dict[str
                 if interval is not None:
                     rows.append(
                         {
-                            "measure": measure, "layer": layer, "run_a": first.name,
-                            "run_b": other, "resampled": "neurons",
+                            "measure": measure,
+                            "layer": layer,
+                            "run_a": first.name,
+                            "run_b": other,
+                            "resampled": "neurons",
                             "difference": interval.value,
-                            "low": interval.low, "high": interval.high,
+                            "low": interval.low,
+                            "high": interval.high,
                         }
                     )
     return rows
@@ -259,7 +269,7 @@ def _claims(config: Any, runs: list[Run], groups: _Groups, semantics: Any) -> li
                     measure,
                     "bits",
                     rows,
-                    difference=(f"{first.name} − {other}", interval),
+                    difference=(f"{first.name} - {other}", interval),
                     note=f"neurons with at least {config.min_count} activations; "
                     "intervals by bootstrap over neurons",
                 )

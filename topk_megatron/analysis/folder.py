@@ -77,7 +77,8 @@ class Folder:
             )
         except Exception as error:  # each library on the way raises errors of its own
             raise CheckpointError(f"cannot load the model in {self.path}: {error}") from error
-        return model.eval().requires_grad_(False).to(self.device)
+        model = model.eval().requires_grad_(False)
+        return model.to(self.device)  # pyright: ignore[reportArgumentType]
 
     @cached_property
     def tokenizer(self) -> Any:

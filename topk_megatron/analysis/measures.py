@@ -17,7 +17,7 @@ _RESAMPLE_ENTRIES = 1 << 22
 
 
 def plugin_entropy(weights: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """H = log2 W − (1/W) Σ w log2 w of every group, W = Σ w; NaN for an empty group.
+    """H = log2 W - (1/W) Σ w log2 w of every group, W = Σ w; NaN for an empty group.
 
     Args:
         weights: [entries], > 0: counts or mass of distinct outcomes.
@@ -35,7 +35,7 @@ def plugin_entropy(weights: np.ndarray, groups: np.ndarray, num_groups: int) -> 
 def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
     """Entropy of every group with Zhang's correction for the sample's size.
 
-    H = (ψ(n) − (1/n) Σ c ψ(c)) / ln 2, n = Σ c. The plug-in entropy misses about (S − 1) / (2 n
+    H = (ψ(n) - (1/n) Σ c ψ(c)) / ln 2, n = Σ c. The plug-in entropy misses about (S - 1) / (2 n
     ln 2) bits where S tokens occur; this one's bias decays exponentially in n (Zhang, Neural
     Computation 24, 2012). It is 0 for a single outcome, as it must be.
     """
@@ -48,7 +48,7 @@ def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -
 
 
 def js_similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """1 − Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 is disjoint, NaN without counts."""
+    """1 - Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 disjoint, NaN without counts."""
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = (x / x.sum(axis=-1, keepdims=True) for x in (one, other))
         middle = (p + q) / 2

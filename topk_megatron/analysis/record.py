@@ -207,7 +207,7 @@ class _Recorder:
         if different:
             raise AnalysisError(
                 f"the run {self.config.run} was begun with another {', '.join(different)}; choose "
-                "another --run, or give --overwrite to replace it"
+                "another --name, or give --overwrite to replace it"
             )
 
     def block(self, number: int) -> int:

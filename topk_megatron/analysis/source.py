@@ -105,17 +105,19 @@ class DenseSource:
 class SAESource:
     """Latents of SAELens SAEs on a dense LM, one for each layer."""
 
-    kind = "sae"
-    mode = "value"
+    kind: str = "sae"
+    mode: str = "value"
 
     def __init__(self, folder: Folder, saes: dict[int, Any], described: dict[str, Any]) -> None:
-        self.folder, self.saes, self.sae = folder, saes, described
+        self.folder, self.saes = folder, saes
+        self.sae: dict[str, Any] | None = described
         self.layers = tuple(sorted(saes))
         widths = {sae.cfg.d_sae for sae in saes.values()}
         ks = {getattr(sae.cfg, "k", None) for sae in saes.values()}
         if len(widths) != 1 or len(ks) != 1 or None in ks:
             raise CheckpointError("the SAEs must be TopK SAEs of one width and one k")
-        self.width, self.k = widths.pop(), ks.pop()
+        self.width: int = widths.pop()
+        self.k: int = int(ks.pop() or 0)
         for layer, sae in saes.items():
             if sae.cfg.d_in != folder.hidden_size:
                 raise CheckpointError(

@@ -104,7 +104,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     if not path.is_file():
         raise AnalysisError(f"{path} is missing; run the command that writes it first")
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        return pq.ParquetFile(path).read(columns=columns)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise AnalysisError(
             f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run the command that "

@@ -19,8 +19,12 @@ def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
     space = " " if _separates(tokenizer, pieces, special) else ""
     texts = []
     for number, piece in enumerate(pieces):
-        plain = number in special or piece is None or _BYTE.fullmatch(piece)
-        texts.append((piece or f"<{number}>") if plain else space + _text(tokenizer, number, piece))
+        if piece is None:
+            texts.append(f"<{number}>")
+        elif number in special or _BYTE.fullmatch(piece):
+            texts.append(piece)
+        else:
+            texts.append(space + _text(tokenizer, number, piece))
     return [*texts, *(f"<{number}>" for number in range(known, vocab_size))]
 
 

@@ -33,7 +33,8 @@ class OpenModel:
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without anything added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose: a document may well be longer than the context; it is cut into windows.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def open_model(directory: Path, *, dtype: str = "float32", device: str = "cpu") -> OpenModel:
@@ -61,9 +62,10 @@ def open_model(directory: Path, *, dtype: str = "float32", device: str = "cpu") 
     offline: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(directory, **offline)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), output_loading_info=True, **offline
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(directory, **offline)
     except Exception as error:  # transformers raises a dozen kinds for a broken folder
         raise CheckpointError(f"{directory} cannot be opened: {_first_line(error)}") from error

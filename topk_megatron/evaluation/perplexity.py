@@ -1,9 +1,10 @@
 """Perplexity on held-out text.
 
-Every document is cut into windows of `context` tokens, each `stride` tokens after the one before;
-a window scores the tokens that no earlier window has scored, so that each token of a document but
-its first is predicted exactly once, from at least context - stride and at most context - 1 tokens
-before it. stride = context is what training sees, a smaller stride is kinder and slower.
+In every document the model reads windows of `context` tokens, each `stride` tokens after the one
+before, and predicts the next token at each place; a window scores what no earlier one has scored.
+So each token of a document but its first is predicted exactly once, from at most `context` tokens
+before it and, past the first window, at least context - stride + 1. stride = context is what
+training sees; a smaller stride is kinder and slower.
 """
 
 import math
@@ -23,7 +24,7 @@ class Window:
     """A stretch of one document.
 
     Attributes:
-        tokens: what the model reads.
+        tokens: what the model reads, and one token more to predict.
         scored: how many of the last tokens are scored here.
     """
 
@@ -57,8 +58,8 @@ def windows(tokens: list[int], context: int, stride: int) -> Iterator[Window]:
     """Cut a document; see the module's text."""
     scored_to = 1  # the first token has nothing before it
     for begin in range(0, max(len(tokens) - 1, 0), stride):
-        end = min(begin + context, len(tokens))
-        yield Window(tokens[begin:end], end - max(scored_to, begin))
+        end = min(begin + context + 1, len(tokens))
+        yield Window(tokens[begin:end], end - scored_to)
         scored_to = end
         if end == len(tokens):
             return
@@ -128,9 +129,9 @@ def perplexity(
 
 def _check(opened: OpenModel, context: int | None, stride: int | None) -> tuple[int, int]:
     context = opened.context if context is None else context
-    if not 2 <= context <= opened.context:
+    if not 1 <= context <= opened.context:
         raise ConfigError(
-            f"--context must be in [2, {opened.context}] for {opened.name}, got {context}"
+            f"--context must be in [1, {opened.context}] for {opened.name}, got {context}"
         )
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
@@ -162,7 +163,7 @@ def _losses(opened: OpenModel, batch: list[Window]) -> list[float]:
 
     tokens = torch.tensor([window.tokens for window in batch], device=opened.model.device)
     with torch.inference_mode():
-        logits = opened.model(tokens, use_cache=False).logits[:, :-1].float()
+        logits = opened.model(tokens[:, :-1], use_cache=False).logits.float()
         each = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:], reduction="none"
         )

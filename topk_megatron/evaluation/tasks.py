@@ -55,22 +55,22 @@ def evaluate_tasks(
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models import huggingface
     except ImportError as error:
         raise ConfigError(
             f"tasks need lm-evaluation-harness ({error}): pip install 'topk-megatron[evaluate]'"
         ) from error
-    language_model = HFLM(
+    library: Any = huggingface
+    language_model = library.HFLM(
         pretrained=opened.model,
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
         max_length=opened.context,
     )
     try:
-        found: Any = simple_evaluate(
-            model=language_model, tasks=list(specs), limit=limit, log_samples=False
-        )
+        run: Any = simple_evaluate
+        found = run(model=language_model, tasks=list(specs), limit=limit, log_samples=False)
     except (KeyError, FileNotFoundError, ConnectionError, ValueError) as error:
         raise DataError(f"lm-evaluation-harness refuses: {' '.join(str(error).split())}") from error
     return {name: _metrics(found, name) for name in found["results"]}

@@ -8,6 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 from topk_megatron.errors import CheckpointError
+from topk_megatron.hf.families import NO_EXPERTS
 from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
 
 Config = dict[str, Any]
@@ -51,6 +52,7 @@ COMPUTED = (
     "swiglu",
     "untie_embeddings_and_output_weights",
     "use_rope_scaling",
+    "use_te_activation_func",
 )
 # Flags that change what the model computes in a way that the exported model cannot, and the values
 # at which they do not.
@@ -138,6 +140,57 @@ def read_config(args: Namespace) -> Config:
     return {**config, **_rope(args), **_experts(args, config)}
 
 
+def write_args(config: Config) -> dict[str, Any]:
+    """The inverse of `read_config` for dense models: Megatron's arguments for `config`.
+
+    Raises:
+        CheckpointError: a combination that Megatron's flags cannot express.
+    """
+    if config["mlp_bias"] != config["attention_output_bias"]:
+        raise CheckpointError(
+            "the model has biases in its attention output or in its MLP but not in both; "
+            "Megatron's --disable-bias-linear decides over both together"
+        )
+    if config["rope_theta"] != int(config["rope_theta"]):
+        raise CheckpointError(f"rope_theta {config['rope_theta']} is not a whole number")
+    scaling = config["rope_parameters"]
+    kind = scaling["rope_type"]
+    args: dict[str, Any] = {name: values[0] for name, values in REFUSED.items()}
+    args |= {ours: config[theirs] for ours, theirs in DIRECT.items()}
+    args |= {
+        "add_qkv_bias": config["attention_bias"] and not config["mlp_bias"],
+        "bias_gelu_fusion": False,
+        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "swiglu": True,
+        "squared_relu": False,
+        "rotary_base": int(config["rope_theta"]),
+        "use_te_activation_func": False,
+        "use_rope_scaling": kind == "llama3",
+        "rope_scaling_factor": _LLAMA3_FACTOR,
+        "rotary_seq_len_interpolation_factor": (
+            int(scaling["factor"]) if kind == "linear" else None
+        ),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        **_NO_EXPERTS,
+    }
+    return args
+
+
+# Megatron's defaults of the flags of experts, in a model that has none.
+_NO_EXPERTS: dict[str, Any] = {
+    "num_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_layer_freq": 1,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk": 2,
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+}
+
+
 def check_flags(args: Namespace) -> None:
     """Refuse flags that change the model in ways that the export does not know.
 
@@ -169,6 +222,11 @@ def _activation(args: Namespace) -> str:
         return "silu"
     if args.squared_relu:
         return "relu2"
+    if args.use_te_activation_func:
+        raise CheckpointError(
+            "the checkpoint was trained with use_te_activation_func=True, whose GELU is that of "
+            "Transformer Engine; it can be exported with --swiglu or --squared-relu"
+        )
     # Megatron's fused bias and GELU is the tanh approximation (fused_bias_gelu.py).
     fused = args.bias_gelu_fusion and args.add_bias_linear
     return "gelu_pytorch_tanh" if fused else "gelu"
@@ -203,17 +261,7 @@ def _rope(args: Namespace) -> Config:
 
 def _experts(args: Namespace, config: Config) -> Config:
     if args.num_experts is None:
-        return {
-            "num_experts": 0,
-            "num_experts_per_tok": 0,
-            "moe_layers": [],
-            "moe_intermediate_size": None,
-            "shared_expert_intermediate_size": 0,
-            "router_score_function": "softmax",
-            "router_pre_softmax": False,
-            "router_scaling_factor": None,
-            "router_bias": False,
-        }
+        return dict(NO_EXPERTS)
     _check_routing(args)
     return {
         "num_experts": args.num_experts,
@@ -229,6 +277,12 @@ def _experts(args: Namespace, config: Config) -> Config:
 
 
 def _check_routing(args: Namespace) -> None:
+    if args.add_bias_linear:
+        raise CheckpointError(
+            "the checkpoint has experts and add_bias_linear=True: Megatron then adds a bias to the "
+            "router, which has no counterpart in the exported model; it can be "
+            "--disable-bias-linear"
+        )
     if args.moe_router_score_function not in ("softmax", "sigmoid"):
         raise CheckpointError(
             f"the checkpoint's --moe-router-score-function {args.moe_router_score_function} has no "

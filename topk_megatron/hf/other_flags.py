@@ -13,17 +13,18 @@ TRAINING = frozenset(
     check_for_nan_in_loss_and_grad check_for_spiky_loss classes_fraction clip_grad
     consumed_train_samples consumed_valid_samples data_path data_per_class_fraction
     dataloader_inter_document_masking decoder_num_layers decoder_seq_length decoupled_lr
-    decoupled_min_lr decrease_batch_size_if_needed deprecated_use_mcore_models dino_bottleneck_size
-    dino_freeze_last_layer dino_head_hidden_size dino_norm_last_layer dino_teacher_temp
-    dino_warmup_teacher_temp dino_warmup_teacher_temp_epochs do_test do_train do_valid
-    dsa_indexer_head_dim dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_loss_coeff
-    dsa_indexer_n_heads dsa_indexer_rope_interleaved dsa_indexer_rotate_activation
-    dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk dsa_indexer_topk_freq
-    dsa_indexer_use_sparse_loss dump_param_to_param_group_map embedding_init_method_std
-    enable_chunked_prefill enable_ft_package enable_full_sharding_in_hsdp end_weight_decay
-    eod_mask_loss eval_global_batch_size eval_iters exp_avg_dtype exp_avg_sq_dtype fim_data
-    fim_eod_token fim_fragment_rate fim_middle_token fim_no_prefix fim_pad_token fim_prefix_token
-    fim_rate fim_split_sample fim_spm_rate fim_suffix_token first_last_layers_bf16 fp16
+    decoupled_min_lr decrease_batch_size_if_needed deprecated_use_mcore_models
+    dino_bottleneck_size dino_freeze_last_layer dino_head_hidden_size dino_norm_last_layer
+    dino_teacher_temp dino_warmup_teacher_temp dino_warmup_teacher_temp_epochs do_test do_train
+    do_valid dsa_indexer_head_dim dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32
+    dsa_indexer_loss_coeff dsa_indexer_n_heads dsa_indexer_rope_interleaved
+    dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset
+    dsa_indexer_topk dsa_indexer_topk_freq dsa_indexer_use_sparse_loss
+    dump_param_to_param_group_map embedding_init_method_std enable_chunked_prefill
+    enable_ft_package enable_full_sharding_in_hsdp end_weight_decay eod_mask_loss
+    eval_global_batch_size eval_iters exp_avg_dtype exp_avg_sq_dtype fim_data fim_eod_token
+    fim_fragment_rate fim_middle_token fim_no_prefix fim_pad_token fim_prefix_token fim_rate
+    fim_split_sample fim_spm_rate fim_suffix_token first_last_layers_bf16 fp16
     fp16_lm_cross_entropy fp32_residual_connection fp4 fp4_param_gather fp4_quantizer_factory
     fp4_recipe fp8 fp8_amax_compute_algo fp8_amax_history_len fp8_margin fp8_output_proj
     fp8_param_gather fp8_quantizer_factory fp8_recipe freeze_all_layers full_validation
@@ -45,28 +46,29 @@ TRAINING = frozenset(
     mtp_use_repeated_layer multiple_validation_sets muon_coefficient_type muon_extra_scale_factor
     muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps muon_scalar_optimizer
     muon_scale_mode muon_split_qkv muon_tp_mode mup_attn_scale_power mup_base_head_dim
-    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult no_weight_decay_cond_type
-    null_tokenizer_eod_id null_tokenizer_pad_id num_channels num_classes
+    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult
+    no_weight_decay_cond_type null_tokenizer_eod_id null_tokenizer_pad_id num_channels num_classes
     num_floating_point_operations_so_far num_layers_at_end_in_bf16 num_layers_at_start_in_bf16
     num_speculative_tokens optimizer outer_dp_sharding_strategy output_bert_embeddings
     override_opt_param_scheduler patch_dim perform_initialization perform_rl_step
-    phase_transition_iterations pin_cpu_grads pin_cpu_params qk_clip qk_clip_alpha qk_clip_threshold
-    qk_head_dim qk_pos_emb_head_dim query_in_block_prob rampup_batch_size record_shapes
-    relative_attention_max_distance reset_attention_mask reset_position_ids
-    retriever_report_topk_accuracies retriever_score_scaling rotary_scaling_factor sample_rate seed
-    seq_length sft sft_tokenizer_prompt_format sgd_momentum short_seq_prob skipped_train_samples
-    special_tokens split start_eval_at_iter start_weight_decay step_batch_size_schedule
-    suggested_communication_unit_size swin_backbone_type test_data_path test_mode
-    tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
+    phase_transition_iterations pin_cpu_grads pin_cpu_params qk_clip qk_clip_alpha
+    qk_clip_threshold qk_head_dim qk_pos_emb_head_dim query_in_block_prob rampup_batch_size
+    record_shapes relative_attention_max_distance reset_attention_mask reset_position_ids
+    retriever_report_topk_accuracies retriever_score_scaling rotary_scaling_factor sample_rate
+    seed seq_length sft sft_tokenizer_prompt_format sgd_momentum short_seq_prob
+    skipped_train_samples special_tokens split start_eval_at_iter start_weight_decay
+    step_batch_size_schedule suggested_communication_unit_size swin_backbone_type test_data_path
+    test_mode tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
     tokenizer_hf_no_use_fast tokenizer_model tokenizer_sentencepiece_ignore_extra_whitespaces
-    tokenizer_sentencepiece_legacy tokenizer_type tokenizer_vocab_size topk_anneal topk_anneal_begin
-    topk_anneal_end topk_anneal_start_k topk_k topk_layers topk_mode topk_silent_tokens
-    train_data_path train_iters train_samples use_layer_wise_distributed_optimizer
-    use_layer_wise_param_layout use_legacy_static_engine use_one_sent_docs
-    use_precision_aware_optimizer use_rotary_position_embeddings use_te_activation_func v_head_dim
-    valid_data_path validation_set_names variable_seq_lengths verify_integrity vision_backbone_type
-    vision_pretraining vision_pretraining_type vocab_extra_ids vocab_file vocab_size weight_decay
-    weight_decay_incr_style window_attn_skip_freq
+    tokenizer_sentencepiece_legacy tokenizer_type tokenizer_vocab_size topk_anneal
+    topk_anneal_begin topk_anneal_end topk_anneal_start_k topk_k topk_layers topk_mlp_groups
+    topk_mlp_k topk_mode topk_silent_tokens topk_site train_data_path
+    train_iters train_samples transformer_impl
+    use_layer_wise_distributed_optimizer use_layer_wise_param_layout use_legacy_static_engine
+    use_one_sent_docs use_precision_aware_optimizer use_rotary_position_embeddings v_head_dim
+    valid_data_path validation_set_names variable_seq_lengths verify_integrity
+    vision_backbone_type vision_pretraining vision_pretraining_type vocab_extra_ids vocab_file
+    vocab_size weight_decay weight_decay_incr_style window_attn_skip_freq
     """.split()  # noqa: SIM905
 )
 
@@ -80,8 +82,8 @@ LAYOUT_AND_MACHINE = frozenset(
     async_ckpt_use_cpu_shm async_save async_strategy attention_backend auto_detect_ckpt_format
     barrier_with_L1_time batch_invariant_mode bias_dropout_fusion bias_swiglu_fusion
     biencoder_projection_dim biencoder_shared_query_context_model block_data_path
-    check_weight_hash_across_dp_replicas_interval ckpt_assume_constant_structure ckpt_convert_format
-    ckpt_convert_save ckpt_convert_update_legacy_dist_opt_format ckpt_format
+    check_weight_hash_across_dp_replicas_interval ckpt_assume_constant_structure
+    ckpt_convert_format ckpt_convert_save ckpt_convert_update_legacy_dist_opt_format ckpt_format
     ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo
     ckpt_fully_parallel_load_process_group ckpt_fully_parallel_save
     ckpt_fully_parallel_save_deprecated ckpt_fully_parallel_save_process_group
@@ -104,15 +106,16 @@ LAYOUT_AND_MACHINE = frozenset(
     distribute_saved_activations distributed_backend distributed_timeout_minutes
     distributed_timeout_seconds_after_init dsa_kernel_backend embedding_path
     empty_unused_memory_level enable_cuda_graph enable_experimental enable_msc enable_one_logger
-    encoder_num_layers encoder_seq_length ep_overlap_early_attn_memory_release error_injection_rate
-    error_injection_type eval_interval eval_micro_batch_size evidence_data_path
-    exit_duration_in_mins exit_interval exit_on_missing_checkpoint exit_signal exit_signal_handler
-    exit_signal_handler_for_dataloader exit_signal_handler_for_training expert_gtp_weight_remat_size
-    expert_model_parallel_size expert_tensor_parallel_num_weight_shards expert_tensor_parallel_size
-    external_cuda_graph fake_process_group fault_injector_delay_start_iteration
-    fault_injector_fault_delay fault_injector_fault_probabilities fault_injector_fault_types
-    fault_injector_mtti_seconds fault_injector_num_ranks fault_injector_offset_seconds
-    fault_injector_ranks fault_injector_seed fine_grained_activation_offloading
+    encoder_num_layers encoder_seq_length ep_overlap_early_attn_memory_release
+    error_injection_rate error_injection_type eval_interval eval_micro_batch_size
+    evidence_data_path exit_duration_in_mins exit_interval exit_on_missing_checkpoint exit_signal
+    exit_signal_handler exit_signal_handler_for_dataloader exit_signal_handler_for_training
+    expert_gtp_weight_remat_size expert_model_parallel_size
+    expert_tensor_parallel_num_weight_shards expert_tensor_parallel_size external_cuda_graph
+    fake_process_group fault_injector_delay_start_iteration fault_injector_fault_delay
+    fault_injector_fault_probabilities fault_injector_fault_types fault_injector_mtti_seconds
+    fault_injector_num_ranks fault_injector_offset_seconds fault_injector_ranks
+    fault_injector_seed fine_grained_activation_offloading
     fine_grained_offloading_max_inflight_offloads finetune flash_attention_version flash_decode
     flight_recorder_dump_on_timeout flight_recorder_dump_path flight_recorder_extra_dump_on_exec
     flight_recorder_include_only_active flight_recorder_include_stack_trace
@@ -125,9 +128,9 @@ LAYOUT_AND_MACHINE = frozenset(
     high_priority_a2a_comm_stream high_priority_stream_groups hybrid_context_parallel
     indexer_log_interval inference_batch_times_seqlen_threshold inference_coordinator_port
     inference_cuda_graph_all_prefills inference_cuda_graph_max_tokens inference_cuda_graph_scope
-    inference_disable_ep_consensus inference_disable_triton_nvls_kernels inference_dynamic_batching
-    inference_dynamic_batching_async_sched_mode inference_dynamic_batching_block_size
-    inference_dynamic_batching_buffer_size_gb
+    inference_disable_ep_consensus inference_disable_triton_nvls_kernels
+    inference_dynamic_batching inference_dynamic_batching_async_sched_mode
+    inference_dynamic_batching_block_size inference_dynamic_batching_buffer_size_gb
     inference_dynamic_batching_cuda_graph_mixed_prefill_count
     inference_dynamic_batching_cuda_graph_sizing_distribution
     inference_dynamic_batching_enable_prefix_caching inference_dynamic_batching_logprobs_mode
@@ -163,13 +166,13 @@ LAYOUT_AND_MACHINE = frozenset(
     masked_softmax_fusion max_seqlen_per_dp_cp_rank megatron_fsdp_enable_fine_grained_param_gather
     megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype megatron_fsdp_main_params_dtype
     megatron_fsdp_max_pool_double_buffer memory_snapshot_path metadata_path
-    microbatch_group_size_per_vp_stage min_offloaded_tensor_size mla_down_proj_fusion mmap_bin_files
-    moe_deepep_num_sms moe_enable_deepep moe_enable_routing_replay moe_flex_dispatcher_backend
-    moe_flex_dispatcher_num_sms moe_grouped_gemm moe_hybridep_num_blocks_permute
-    moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing
-    moe_hybridep_pad_uneven_dispatch_inputs moe_layer_recompute moe_ncclep_static_shape
-    moe_ncclep_zero_copy moe_pad_experts_for_cuda_graph_inference moe_paged_stash
-    moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda
+    microbatch_group_size_per_vp_stage min_offloaded_tensor_size mla_down_proj_fusion
+    mmap_bin_files moe_deepep_num_sms moe_enable_deepep moe_enable_routing_replay
+    moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm
+    moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
+    moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_layer_recompute
+    moe_ncclep_static_shape moe_ncclep_zero_copy moe_pad_experts_for_cuda_graph_inference
+    moe_paged_stash moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda
     moe_paged_stash_page_size moe_per_layer_logging moe_permute_fusion
     moe_permute_fusion_into_hybridep moe_router_fusion moe_router_padding_for_fp8
     moe_router_padding_for_quantization moe_routing_trace_capture_hidden_states
@@ -188,9 +191,9 @@ LAYOUT_AND_MACHINE = frozenset(
     overlap_moe_expert_parallel_comm overlap_p2p_comm overlap_p2p_comm_warmup_flush
     overlap_param_gather overlap_param_gather_with_optimizer_step override_ckpt_iteration
     pad_vocab_size padded_vocab_size per_dataset_sequences_path per_split_data_args_path
-    pipeline_model_parallel_comm_backend pipeline_model_parallel_layout pipeline_model_parallel_size
-    pretrained_checkpoint profile profile_ranks profile_step_end profile_step_start
-    pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
+    pipeline_model_parallel_comm_backend pipeline_model_parallel_layout
+    pipeline_model_parallel_size pretrained_checkpoint profile profile_ranks profile_step_end
+    profile_step_start pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
     pytorch_profiler_collect_shapes q_lora_rank rank recompute_granularity recompute_method
     recompute_modules recompute_num_layers record_memory_history refit_method
     relative_attention_num_buckets replication replication_factor replication_jump rerun_mode
@@ -205,25 +208,26 @@ LAYOUT_AND_MACHINE = frozenset(
     rl_profile_dir rl_prompts_per_eval rl_sequence_packing_algo
     rl_sequence_packing_max_sequences_per_bin rl_skip_bos_token rl_submission_granularity
     rl_training_cuda_graphs rl_use_sequence_packing rl_verify_model_weights_swap
-    run_workload_inspector_server save save_activations_interval save_dgrads_interval save_interval
-    save_params_interval save_retain_interval save_tokens_per_expert_interval save_wgrads_interval
-    sequence_parallel sharp_enabled_group skip_train straggler_ctrlr_port straggler_minmax_count
-    stream_ckpt_dequant strict_fsdp_dtensor_load symmetric_ar_type te_rng_tracker
-    tensor_model_parallel_size tensor_parallel_num_weight_shards tensorboard_dir
+    run_workload_inspector_server save save_activations_interval save_dgrads_interval
+    save_interval save_params_interval save_retain_interval save_tokens_per_expert_interval
+    save_wgrads_interval sequence_parallel sharp_enabled_group skip_train straggler_ctrlr_port
+    straggler_minmax_count stream_ckpt_dequant strict_fsdp_dtensor_load symmetric_ar_type
+    te_rng_tracker tensor_model_parallel_size tensor_parallel_num_weight_shards tensorboard_dir
     tensorboard_log_interval tensorboard_queue_size timing_log_level timing_log_option
-    titles_data_path topk_metrics topk_override torch_fsdp2_reshard_after_forward
+    titles_data_path topk_metrics topk_override topk_sparse_p2p
+    topk_sparse_save topk_verify torch_fsdp2_reshard_after_forward
     tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap
     tp_comm_overlap_ag tp_comm_overlap_cfg tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
-    tp_comm_split_ag tp_comm_split_rs train_sync_interval transformer_impl
-    transformer_pipeline_model_parallel_size trust_remote_code use_checkpoint_args
-    use_checkpoint_opt_param_scheduler use_cpu_initialization use_dist_ckpt use_dist_ckpt_deprecated
-    use_distributed_optimizer use_flash_attn use_fused_weighted_squared_relu use_gloo_process_groups
+    tp_comm_split_ag tp_comm_split_rs train_sync_interval transformer_pipeline_model_parallel_size
+    trust_remote_code use_checkpoint_args use_checkpoint_opt_param_scheduler
+    use_cpu_initialization use_dist_ckpt use_dist_ckpt_deprecated use_distributed_optimizer
+    use_flash_attn use_fused_weighted_squared_relu use_gloo_process_groups
     use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_mamba_mem_eff_path
     use_megatron_fsdp use_mp_args_from_checkpoint_args use_persistent_ckpt_worker
     use_pytorch_profiler use_ring_exchange_p2p use_sharp use_tokenizer_model_from_checkpoint_args
     use_torch_fsdp2 use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping
-    use_transformer_engine_op_fuser virtual_pipeline_model_parallel_size wandb_entity wandb_exp_name
-    wandb_project wandb_save_dir wgrad_deferral_limit world_size yarn_beta_fast yarn_beta_slow
-    yarn_correction_range_round_to_int yarn_original_max_position_embeddings
+    use_transformer_engine_op_fuser virtual_pipeline_model_parallel_size wandb_entity
+    wandb_exp_name wandb_project wandb_save_dir wgrad_deferral_limit world_size yarn_beta_fast
+    yarn_beta_slow yarn_correction_range_round_to_int yarn_original_max_position_embeddings
     """.split()  # noqa: SIM905
 )

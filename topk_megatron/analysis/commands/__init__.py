@@ -8,7 +8,7 @@ import argparse
 import importlib
 from typing import Any
 
-MODULES = ("record", "entropy", "report")
+MODULES = ("record", "entropy", "track", "steer", "sae", "report")
 
 
 def register_all(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -12,7 +12,9 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", required=True, help="prefix of a Megatron dataset, or text files (name or glob)"
     )
     parser.add_argument(
-        "--documents", metavar="A:B", help="only these, as in Python: -4: is the last four"
+        "--documents",
+        metavar="A:B",
+        help="only these, as in Python; the last four: --documents=-4:",
     )
     parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
     parser.add_argument(
@@ -45,7 +47,7 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="exported Hugging Face folder")
     parser.add_argument("--study", type=Path, required=True, help="directory of all results")
-    parser.add_argument("--run", required=True, dest="name", help="name of this run in the study")
+    parser.add_argument("--name", required=True, help="what the run is called in the study")
     add_corpus_arguments(parser)
     parser.add_argument("--layers", help="0-3, 0,2, all, all,-2 (default: the TopK layers)")
     parser.add_argument("--k", type=int, help="neurons to keep of a dense model")

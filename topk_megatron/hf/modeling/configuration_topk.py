@@ -220,14 +220,29 @@ class TopKLMConfig(PretrainedConfig):
         if topk["site"] != "mlp":
             _check_count("topk.k", topk["k"], "hidden_size", self.hidden_size)
         if topk["site"] != "residual":
-            size = self.intermediate_size
-            _check_count("topk.mlp_k", topk["mlp_k"], "intermediate_size", size)
-            groups = topk["mlp_groups"]
-            if groups is not None and (groups < 1 or size % groups or topk["mlp_k"] % groups):
-                raise ValueError(
-                    f"topk.mlp_groups must divide intermediate_size={size} and "
-                    f"mlp_k={topk['mlp_k']}, got {groups}"
-                )
+            for name, size in self._mlp_sizes():
+                _check_mlp(topk, name, size)
+
+    def _mlp_sizes(self) -> list[tuple[str, int]]:
+        """Inner dimensions of the MLPs that have a TopK, with the fields that set them."""
+        layers, moe = set(self.topk["layers"]), set(self.moe_layers)
+        sizes = [("intermediate_size", self.intermediate_size)] if layers - moe else []
+        if layers & moe:
+            name = "moe_intermediate_size" if self.moe_intermediate_size else "intermediate_size"
+            sizes.append((name, self.moe_intermediate_size or self.intermediate_size))
+            if self.shared_expert_intermediate_size:
+                name = "shared_expert_intermediate_size"
+                sizes.append((name, self.shared_expert_intermediate_size))
+        return sizes
+
+
+def _check_mlp(topk: dict[str, Any], name: str, size: int) -> None:
+    _check_count("topk.mlp_k", topk["mlp_k"], name, size)
+    groups = topk["mlp_groups"]
+    if groups is not None and (groups < 1 or size % groups or topk["mlp_k"] % groups):
+        raise ValueError(
+            f"topk.mlp_groups must divide {name}={size} and mlp_k={topk['mlp_k']}, got {groups}"
+        )
 
 
 def _check_layers(name: str, layers: Any, num_layers: int) -> None:

@@ -192,7 +192,8 @@ class TopKMoE(nn.Module):
             for _ in range(config.num_experts)
         )
         if config.shared_expert_intermediate_size:
-            self.shared_expert = TopKMLP(config, config.shared_expert_intermediate_size)
+            activation = mlp_topk(config, layer_idx, expert=True)
+            self.shared_expert = TopKMLP(config, config.shared_expert_intermediate_size, activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[b, s, h] to [b, s, h]."""

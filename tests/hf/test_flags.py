@@ -1,0 +1,129 @@
+"""Every flag of the installed Megatron is classified; what is not known is refused by name."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from topk_megatron.errors import CheckpointError
+from topk_megatron.hf.flags import COMPUTED, DIRECT, REFUSED, read_config, write_args
+from topk_megatron.hf.names import TOPK_LM, pieces
+from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
+from topk_megatron.hf.splits import SPLITS
+from topk_megatron.testing.launch import REPOSITORY
+from topk_megatron.testing.synthetic import synthetic_config
+
+_LIST_ARGUMENTS = """
+import sys
+sys.argv = ["x"]
+from topk_megatron.device import prepare_device
+device = prepare_device()
+from megatron.training.arguments import parse_args
+from topk_megatron.train.arguments import arguments_provider
+print("ARGUMENTS", *vars(parse_args(arguments_provider(device))))
+"""
+# Old spellings, which Megatron removes when it validates its arguments.
+REMOVED = {
+    "batch_size",
+    "checkpoint_activations",
+    "cuda_graph_scope_deprecated",
+    "model_parallel_size",
+    "recompute_activations",
+    "warmup",
+}
+TABLES = {"mapped": {*DIRECT, *COMPUTED}, "refused": {*REFUSED}}
+OTHERS = {"training": TRAINING, "layout": LAYOUT_AND_MACHINE}
+
+
+def arguments(**changes: Any) -> Namespace:
+    return Namespace(**{**write_args(synthetic_config()), **changes})
+
+
+def test_every_argument_of_the_training_script_is_in_one_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LIST_ARGUMENTS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPOSITORY,
+        check=True,
+    )
+    line = next(ln for ln in done.stdout.splitlines() if ln.startswith("ARGUMENTS"))
+    known = set().union(*TABLES.values(), *OTHERS.values())
+    assert set(line.split()[1:]) - known == REMOVED
+
+
+def test_no_argument_is_in_two_tables() -> None:
+    names = [name for table in (*TABLES.values(), *OTHERS.values()) for name in table]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "head_dim": 16},
+    ],
+)
+def test_flags_of_a_dense_model_read_back_as_its_configuration(changes: dict[str, Any]) -> None:
+    config = synthetic_config(**changes)
+    read = read_config(Namespace(**write_args(config), params_dtype=None))
+    assert read == {name: value for name, value in config.items() if name != "vocab_size"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"multi_latent_attention": True}, "multi_latent_attention=True"),
+        ({"window_size": (128, 0)}, "window_size=(128, 0)"),
+        ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0"),
+        ({"position_embedding_type": "learned_absolute"}, "it can be 'rope'"),
+        ({"some_new_flag": "on"}, "some_new_flag='on', a flag that the converter does not know"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 16.0}, "--rope-scaling-factor 16.0"),
+        ({"num_experts": 4, "add_bias_linear": True}, "add_bias_linear=True"),
+    ],
+)
+def test_flag_without_counterpart_is_refused_by_name(
+    changes: dict[str, Any], complaint: str
+) -> None:
+    full = {"params_dtype": None, "moe_router_load_balancing_type": "aux_loss", **changes}
+    with pytest.raises(CheckpointError) as error:
+        read_config(arguments(**full))
+    assert complaint in str(error.value)
+
+
+def test_missing_argument_is_named() -> None:
+    args = arguments()
+    del args.normalization
+    with pytest.raises(CheckpointError, match="normalization"):
+        read_config(args)
+
+
+@pytest.mark.parametrize(
+    ("fused", "biases", "activation"),
+    [(True, True, "gelu_pytorch_tanh"), (False, True, "gelu"), (True, False, "gelu")],
+)
+def test_gelu_is_the_approximation_only_where_megatron_fused_it(
+    fused: bool, biases: bool, activation: str
+) -> None:
+    args = arguments(
+        swiglu=False, bias_gelu_fusion=fused, add_bias_linear=biases, params_dtype=None
+    )
+    assert read_config(args)["hidden_act"] == activation
+
+
+def test_every_row_names_a_split_and_hugging_face_names_are_unique() -> None:
+    assert {row.split for row in TOPK_LM} <= set(SPLITS)
+    config = synthetic_config(attention_bias=True, mlp_bias=True)
+    config |= {"num_experts": 2, "moe_layers": [1], "moe_intermediate_size": 8}
+    config |= {"shared_expert_intermediate_size": 8, "router_bias": True, "qk_norm": True}
+    names = [name for piece in pieces(config) for name in piece.huggingface]
+    assert len(names) == len(set(names))
+    assert "model.layers.1.mlp.experts.1.down_proj.weight" in names
+    assert "model.layers.0.mlp.gate.weight" not in names

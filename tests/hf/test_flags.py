@@ -100,7 +100,7 @@ def test_flag_without_counterpart_is_refused_by_name(
 
 def test_missing_argument_is_named() -> None:
     args = arguments()
-    del args.normalization
+    delattr(args, "normalization")
     with pytest.raises(CheckpointError, match="normalization"):
         read_config(args)
 

@@ -1,5 +1,7 @@
 # Every target sets up what it needs; `make help` lists them.
 python := .venv/bin/python
+# Test files that run side by side; each distributed test starts up to four ranks of its own.
+WORKERS ?= 2
 
 .PHONY: help setup quickstart test test-fast lint format bench clean
 
@@ -12,11 +14,11 @@ setup:  ## find or get Python 3.12, create .venv, install pinned dependencies, b
 quickstart: setup  ## train a TopK and a dense language model on Shakespeare, compare and sample them
 	@$(python) examples/quickstart/run.py
 
-test: setup  ## the whole test suite (pass options with ARGS=...)
-	@$(python) -m pytest $(ARGS)
+test: setup  ## the whole test suite, two files at a time (pass options with ARGS=...)
+	@$(python) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: setup  ## the tests that take seconds
-	@$(python) -m pytest -m "not slow" $(ARGS)
+	@$(python) -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup  ## formatting, lint and types
 	@$(python) -m ruff format --check .

@@ -56,7 +56,7 @@ run_logged() {
 stamp_of() { cat "$@" | cksum | tr ' ' '-'; }
 
 usable "$venv/bin/python" || make_venv
-packages=$(stamp_of pyproject.toml constraints.txt)
+packages=$(stamp_of pyproject.toml constraints.txt constraints-transformers-4.txt)
 sources=$(stamp_of setup.py $(git ls-files topk_megatron/ops/csrc 2>/dev/null))
 stamp=$venv/.setup
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$packages $sources" ]; then
@@ -71,6 +71,10 @@ if [ "$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)" != "$packages" ]; then
     # torch and setuptools come first: the extension is built against exactly this torch.
     run_logged $pip setuptools ninja torch numpy
     run_logged $pip --no-build-isolation --editable '.[dev]'
+    # Exported models serve transformers 4.57 too; tests put this folder in front of the newer one.
+    rm -rf "$venv/transformers-4"
+    run_logged "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps \
+        --target "$venv/transformers-4" --requirement constraints-transformers-4.txt
 else
     say "building the extension"
     run_logged $pip --no-build-isolation --no-deps --editable .

@@ -17,9 +17,11 @@ ALLOWED = {
     "cli": {"errors"},
     "device": set(),
     "text": {"errors"},
-    "model": {"config", "errors", "ops", "schedule"},
-    "train": {"config", "device", "errors", "model", "text"},
+    "parallel": {"config", "errors", "ops", "schedule"},
+    "model": {"config", "errors", "ops", "parallel", "schedule"},
+    "train": {"config", "device", "errors", "model", "ops", "parallel", "schedule", "text"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
+    "evaluation": {"errors", "text"},
     "testing": {"cli", "config", "device", "hf", "model", "ops", "train"},
 }
 

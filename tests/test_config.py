@@ -75,6 +75,14 @@ def test_a_list_of_numbers_comes_back_sorted(layers: set[int]) -> None:
         ({"anneal": "linear", "anneal_begin": 9, "anneal_end": 5}, "--topk-anneal-end is 5"),
         ({"anneal": "linear", "anneal_begin": -1, "anneal_end": 5}, "at least 0"),
         ({"anneal": "linear", "anneal_end": 5, "anneal_start_k": 999}, "anneal_start_k"),
+        ({"site": "attention"}, "--topk-site must be one of residual, mlp, both"),
+        ({"mlp_k": 8}, "--topk-site is residual"),
+        ({"mlp_groups": 2}, "--topk-site is residual"),
+        ({"site": "mlp"}, "--topk-site mlp needs --topk-mlp-k"),
+        ({"site": "both", "mlp_k": 0}, "--topk-mlp-k must be at least 1, got 0"),
+        ({"site": "both", "mlp_k": 8, "mlp_groups": 3}, "must divide --topk-mlp-k 8"),
+        ({"site": "both", "mlp_k": 8, "mlp_groups": 0}, "must divide --topk-mlp-k 8"),
+        ({"site": "mlp", "mlp_k": 8, "anneal": "linear", "anneal_end": 5}, "leaves dense"),
     ],
 )
 def test_wrong_settings_say_what_to_change(changes: dict[str, object], complaint: str) -> None:
@@ -86,6 +94,27 @@ def test_wrong_settings_say_what_to_change(changes: dict[str, object], complaint
 def test_settings_survive_the_way_through_a_checkpoint() -> None:
     original = config(mode="abs", anneal="cosine", anneal_begin=3, anneal_end=9)
     assert TopKConfig.from_dict(original.to_dict()) == original
+    of_the_mlp = config(site="both", mlp_k=8, mlp_groups=2)
+    assert TopKConfig.from_dict(of_the_mlp.to_dict()) == of_the_mlp
+
+
+def test_settings_from_before_the_mlp_site_are_of_the_residual_site() -> None:
+    settings = config(mode="abs").to_dict()
+    for name in ("site", "mlp_k", "mlp_groups"):
+        del settings[name]
+    assert TopKConfig.from_dict(settings) == config(mode="abs", site="residual")
+    for one in ({"site": "mlp"}, {"mlp_k": 4}, {"mlp_groups": None}):
+        with pytest.raises(ConfigError, match="missing or unknown entries"):
+            TopKConfig.from_dict({**settings, **one})
+    with pytest.raises(ConfigError, match=r"unknown entries: .*mode"):
+        TopKConfig.from_dict({name: settings[name] for name in settings if name != "mode"})
+
+
+def test_layers_with_a_topk_depend_on_the_site() -> None:
+    mlp, both = config(site="mlp", mlp_k=8), config(site="both", mlp_k=8)
+    assert (config().residual_layers, config().mlp_layers) == ((0, 1, 2, 3), ())
+    assert (mlp.residual_layers, mlp.mlp_layers) == ((), (0, 1, 2, 3))
+    assert (both.residual_layers, both.mlp_layers) == ((0, 1, 2, 3), (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("change", [{"surprise": 1}, {"mode": None}])
@@ -107,6 +136,9 @@ def test_defaults_are_a_sixteenth_of_the_neurons_at_all_but_two_layers() -> None
             "topk_anneal_start_k",
             "topk_anneal_begin",
             "topk_anneal_end",
+            "topk_site",
+            "topk_mlp_k",
+            "topk_mlp_groups",
         ]
     )
     settings = TopKConfig.from_args(Namespace(hidden_size=256, num_layers=6, **flags))

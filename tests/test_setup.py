@@ -9,6 +9,7 @@ import pytest
 
 from topk_megatron.testing.launch import REPOSITORY
 
+CONSTRAINTS = ("constraints.txt", "constraints-transformers-4.txt")
 pytestmark = pytest.mark.skipif(
     any(Path(folder, "python3.12").exists() for folder in ("/usr/bin", "/bin")),
     reason="the system itself has Python 3.12, so that a machine without one cannot be played",
@@ -22,7 +23,7 @@ def machine(tmp_path: Path) -> Path:
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
     shutil.copy(REPOSITORY / "scripts" / "setup.sh", project / "scripts")
-    for name in ("pyproject.toml", "constraints.txt", "setup.py"):
+    for name in (*CONSTRAINTS, "pyproject.toml", "setup.py"):
         shutil.copy(REPOSITORY / name, project)
     return tmp_path
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from topk_megatron.errors import UserError
+from topk_megatron.errors import TransportError, UserError
 
 _PATIENCE_SECONDS = 10
 
 
 def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Print a user's mistake as one line and exit with 2.
+    """Print a user's mistake as one line and exit with 2; a lost rank likewise, with 1.
 
     Most mistakes are met by every rank: rank 0 speaks and the others wait, so that torchrun does
     not end rank 0 before it has spoken. Only a rank that is still alive after that has an error of
@@ -31,5 +31,11 @@ def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except TransportError as error:
+            # At once: every other rank that is alive waits for this one.
+            print(
+                f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True
+            )
+            sys.exit(1)
 
     return wrapper

@@ -2,6 +2,7 @@
 
 Layers are counted from 0 over the whole model, whatever the pipeline layout (TopK Language Models,
 arXiv 2506.21468, section 3: the hidden state of a chosen layer keeps its k largest coordinates).
+Site ``residual`` is the paper's; site ``mlp`` puts the TopK on the MLP's activation (docs/mlp.md).
 """
 
 import re
@@ -13,26 +14,34 @@ from topk_megatron.errors import ConfigError
 
 Mode = Literal["value", "abs"]
 Anneal = Literal["constant", "linear", "cosine", "exponential"]
+Site = Literal["residual", "mlp", "both"]
 
 DEFAULT_LAYERS = "all,-2"
 # k where the user names none: the sparsest setting at which small models train close to dense.
 DEFAULT_HIDDEN_PER_K = 16
+_MLP_FIELDS = {"site", "mlp_k", "mlp_groups"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig:
-    """Settings of the residual TopK of one model; validates itself.
+    """Settings of the TopK of one model; validates itself.
 
     Attributes:
         hidden_size: H, the model's hidden size in neurons.
         num_layers: transformer layers of the whole model.
-        k: neurons that survive at each TopK layer once annealing has ended, in [1, hidden_size].
+        k: neurons of the residual stream that survive at each TopK layer once annealing has ended,
+            in [1, hidden_size]; not used by site ``mlp``.
         layers: sorted layer numbers, counted from 0; empty means the dense model.
         mode: ``value`` keeps the largest values (the paper's), ``abs`` the largest magnitudes.
         anneal: how k gets from `anneal_start_k` to `k`; ``exponential`` is linear in log k.
         anneal_start_k: k up to iteration `anneal_begin`.
         anneal_begin: iteration at which k begins to change.
         anneal_end: iteration from which k is final.
+        site: where the chosen layers have their TopK: ``residual``, ``mlp`` or ``both``.
+        mlp_k: units of the MLP's activation that survive, over the whole ffn dimension; it does not
+            anneal. None unless the site includes the MLP.
+        mlp_groups: None selects over the whole ffn dimension; G selects mlp_k / G in each of G
+            equal, contiguous groups.
 
     Raises:
         ConfigError: a setting is out of its domain; names the flag to change.
@@ -47,6 +56,9 @@ class TopKConfig:
     anneal_start_k: int | None = None
     anneal_begin: int = 0
     anneal_end: int = 0
+    site: Site = "residual"
+    mlp_k: int | None = None
+    mlp_groups: int | None = None
 
     def __post_init__(self) -> None:
         _check_k("topk_k", self.k, self.hidden_size, "--topk-k")
@@ -54,6 +66,34 @@ class TopKConfig:
             raise ConfigError(f"--topk-mode must be value or abs, got {self.mode!r}")
         _check_layers(self.layers, self.num_layers)
         self._check_anneal()
+        self._check_mlp()
+
+    def _check_mlp(self) -> None:
+        if self.site not in get_args(Site):
+            allowed = ", ".join(get_args(Site))
+            raise ConfigError(f"--topk-site must be one of {allowed}, got {self.site!r}")
+        if self.site == "residual":
+            if self.mlp_k is not None or self.mlp_groups is not None:
+                raise ConfigError(
+                    "--topk-mlp-k and --topk-mlp-groups are for the MLP's activation, but "
+                    "--topk-site is residual; use --topk-site mlp or both, or drop those flags"
+                )
+            return
+        if self.mlp_k is None:
+            raise ConfigError(f"--topk-site {self.site} needs --topk-mlp-k")
+        if self.mlp_k < 1:
+            raise ConfigError(f"--topk-mlp-k must be at least 1, got {self.mlp_k}")
+        groups = 1 if self.mlp_groups is None else self.mlp_groups
+        if groups < 1 or self.mlp_k % groups:
+            raise ConfigError(
+                f"--topk-mlp-groups must divide --topk-mlp-k {self.mlp_k} (each group keeps an "
+                f"equal share), got {groups}"
+            )
+        if self.site == "mlp" and self.anneal != "constant":
+            raise ConfigError(
+                "--topk-anneal changes k of the residual stream, which --topk-site mlp leaves "
+                "dense; drop the flag, or use --topk-site both"
+            )
 
     def _check_anneal(self) -> None:
         if self.anneal not in get_args(Anneal):
@@ -85,10 +125,25 @@ class TopKConfig:
             return self.k
         return self.hidden_size if self.anneal_start_k is None else self.anneal_start_k
 
+    @property
+    def residual_layers(self) -> tuple[int, ...]:
+        """Layers whose output is sparse."""
+        return () if self.site == "mlp" else self.layers
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose MLP activation is sparse."""
+        return () if self.site == "residual" else self.layers
+
     @classmethod
     def from_args(cls, args: Namespace) -> "TopKConfig":
         """Build from parsed Megatron arguments with the ``--topk-…`` group; None is the default."""
         k = args.topk_k
+        if k is not None and args.topk_site == "mlp":
+            raise ConfigError(
+                "--topk-k is for the residual stream, which --topk-site mlp leaves dense; "
+                "use --topk-mlp-k"
+            )
         if k is None:
             k = max(1, args.hidden_size // DEFAULT_HIDDEN_PER_K)
         return cls(
@@ -103,6 +158,9 @@ class TopKConfig:
             anneal_start_k=args.topk_anneal_start_k,
             anneal_begin=args.topk_anneal_begin or 0,
             anneal_end=args.topk_anneal_end or 0,
+            site=args.topk_site or "residual",
+            mlp_k=args.topk_mlp_k,
+            mlp_groups=args.topk_mlp_groups,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,8 +169,14 @@ class TopKConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "TopKConfig":
-        """Rebuild from a checkpoint's settings; a missing or unknown setting is an error."""
+        """Rebuild from a checkpoint's settings; a missing or unknown setting is an error.
+
+        Settings written before there was an MLP site lack exactly its three entries, and are of
+        the residual site.
+        """
         known = set(cls.__dataclass_fields__)
+        if set(settings) == known - _MLP_FIELDS:
+            settings = {**settings, "site": "residual", "mlp_k": None, "mlp_groups": None}
         if set(settings) != known:
             odd = ", ".join(sorted(set(settings) ^ known))
             raise ConfigError(f"TopK settings have missing or unknown entries: {odd}")

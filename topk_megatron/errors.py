@@ -15,3 +15,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, or was made with other settings than this run's."""
+
+
+class TransportError(RuntimeError):
+    """A pipeline rank is gone, or did not send what was due within the distributed timeout."""
+
+
+class VerificationError(RuntimeError):
+    """A sparse form did not give back the dense tensor bit for bit: a bug, never the user's."""

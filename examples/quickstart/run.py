@@ -1,11 +1,11 @@
-"""From raw text to two trained language models, a TopK one and its dense twin, side by side.
+"""From raw text to two trained language models, a TopK one and its dense twin, and their neurons.
 
     make quickstart        (or: python examples/quickstart/run.py --help)
 
 Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
-two ranks under torchrun on the same tokens in the same order, and compares them. Steps that are
-done already are skipped; delete the working directory to begin anew. Every number that is printed
-comes from this run.
+two ranks under torchrun on the same tokens in the same order, converts both to Hugging Face models,
+measures them on held-out plays and lets them write. Steps that are done already are skipped; delete
+the working directory to begin anew. Every number that is printed comes from this run.
 """
 
 import argparse
@@ -64,9 +64,12 @@ def main() -> None:
     for name, flags in VARIANTS.items():
         seconds = train(args, name, flags, dataset, tokenizer)
         models.append(Model(name, args.directory / name, seconds))
-    samples = {model.name: sample(model.directory, args.sample_tokens) for model in models}
+    folders = {name: convert(args.directory, name) for name in VARIANTS}
+    measured = evaluate(args.directory, list(folders.values()), held_out(plays))
+    samples = {name: sample(folder, args.sample_tokens) for name, folder in folders.items()}
     picture = plot_losses(models, args.directory / "loss.png")
     print(compare(models, samples, PROMPT))
+    print(f"\n== the converted models on the same plays and on two tasks\n\n{measured}")
     print(f"loss curves: {picture}")
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
@@ -141,7 +144,7 @@ def train(
         *("--train-iters", str(args.steps), "--eval-interval", str(args.steps + 1)),
         *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
-        *("--save", str(directory), "--load", str(directory), "--save-interval", "200"),
+        *("--save", str(directory), "--load", str(directory), "--save-interval", "90"),
         *("--tensorboard-dir", str(directory / "tensorboard"), "--tensorboard-log-interval", "1"),
         "--log-timers-to-tensorboard",
     ]
@@ -152,11 +155,35 @@ def train(
     return time.perf_counter() - started
 
 
-def sample(checkpoint: Path, tokens: int) -> str:
-    """Let a trained model continue the prompt."""
-    step(f"sampling from {checkpoint}")
-    flags = ["--load", checkpoint, "--prompt", PROMPT, "--tokens", tokens]
-    return tool("sample.py", *flags, show=False)
+def convert(directory: Path, name: str) -> Path:
+    """Make the model a Hugging Face folder; returns it."""
+    folder = directory / "hf" / name
+    if not folder.is_dir():
+        step(f"converting the {name} model to Hugging Face")
+        folder.parent.mkdir(exist_ok=True)
+        tool("convert_checkpoint.py", "to-hf", "--load", directory / name, "--save", folder)
+    return folder
+
+
+def held_out(plays: Path) -> list[Path]:
+    """The plays that ``--split 90,10,0`` keeps out of training: the last tenth, in their order."""
+    files = sorted(plays.rglob("*.md"))
+    return files[round(0.9 * len(files)) :]
+
+
+def evaluate(directory: Path, folders: list[Path], texts: list[Path]) -> str:
+    """Perplexity and two small tasks of the converted models; returns the table."""
+    step("evaluating the converted models")
+    tasks = sorted((HERE / "tasks").glob("*.yaml"))
+    flags = ["--model", *folders, "--text", *texts, "--tasks", *tasks]
+    return tool("evaluate.py", *flags, "--output", directory / "evaluation.json", show=False)
+
+
+def sample(folder: Path, tokens: int) -> str:
+    """Let a converted model continue the prompt."""
+    step(f"sampling from {folder}")
+    flags = ["--model", folder, "--prompt", PROMPT, "--tokens", tokens]
+    return tool("generate.py", *flags, show=False)
 
 
 def tool(name: str, *arguments: object, show: bool = True) -> str:

@@ -102,3 +102,9 @@ def test_each_flag_wins_over_the_settings_of_the_checkpoint(
     assert resume.choose_settings(args) == settings(k=5, mode="abs")
     args.topk_k, args.topk_layers = 7, "all,-1"
     assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))
+    args.topk_site, args.topk_mlp_k = "both", 4
+    with_mlp = settings(k=7, mode="abs", layers=(0, 1, 2), site="both", mlp_k=4)
+    assert resume.choose_settings(args) == with_mlp
+    saved.topk = with_mlp.to_dict()
+    args.topk_site, args.topk_mlp_k = "residual", None
+    assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))

@@ -61,8 +61,9 @@ TRAINING = frozenset(
     test_mode tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
     tokenizer_hf_no_use_fast tokenizer_model tokenizer_sentencepiece_ignore_extra_whitespaces
     tokenizer_sentencepiece_legacy tokenizer_type tokenizer_vocab_size topk_anneal
-    topk_anneal_begin topk_anneal_end topk_anneal_start_k topk_k topk_layers topk_mode
-    topk_silent_tokens train_data_path train_iters train_samples transformer_impl
+    topk_anneal_begin topk_anneal_end topk_anneal_start_k topk_k topk_layers topk_mlp_groups
+    topk_mlp_k topk_mode topk_silent_tokens topk_site train_data_path
+    train_iters train_samples transformer_impl
     use_layer_wise_distributed_optimizer use_layer_wise_param_layout use_legacy_static_engine
     use_one_sent_docs use_precision_aware_optimizer use_rotary_position_embeddings v_head_dim
     valid_data_path validation_set_names variable_seq_lengths verify_integrity
@@ -213,7 +214,8 @@ LAYOUT_AND_MACHINE = frozenset(
     straggler_minmax_count stream_ckpt_dequant strict_fsdp_dtensor_load symmetric_ar_type
     te_rng_tracker tensor_model_parallel_size tensor_parallel_num_weight_shards tensorboard_dir
     tensorboard_log_interval tensorboard_queue_size timing_log_level timing_log_option
-    titles_data_path topk_metrics topk_override torch_fsdp2_reshard_after_forward
+    titles_data_path topk_metrics topk_override topk_sparse_p2p
+    topk_sparse_save topk_verify torch_fsdp2_reshard_after_forward
     tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap
     tp_comm_overlap_ag tp_comm_overlap_cfg tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
     tp_comm_split_ag tp_comm_split_rs train_sync_interval transformer_pipeline_model_parallel_size

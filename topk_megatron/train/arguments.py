@@ -8,10 +8,18 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, TopKConfig
+from topk_megatron.config import (
+    DEFAULT_HIDDEN_PER_K,
+    DEFAULT_LAYERS,
+    Anneal,
+    Mode,
+    Site,
+    TopKConfig,
+)
 from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
+from topk_megatron.train.arguments_parallel import add_parallel_arguments, check_parallel
 from topk_megatron.train.data_files import check_data_files
 
 # What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
@@ -78,6 +86,27 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="iteration from which k is --topk-k; required unless --topk-anneal is constant",
     )
     group.add_argument(
+        "--topk-site",
+        choices=get_args(Site),
+        help="where the layers of --topk-layers have their TopK: on the residual stream after the "
+        "layer, on the activation inside the MLP, or both (default: residual)",
+    )
+    group.add_argument(
+        "--topk-mlp-k",
+        type=int,
+        metavar="K",
+        help="units of the MLP's activation that survive, of --ffn-hidden-size; required by "
+        "--topk-site mlp and both",
+    )
+    group.add_argument(
+        "--topk-mlp-groups",
+        type=int,
+        metavar="G",
+        help="select K / G units in each of G equal groups of the ffn dimension, without "
+        "communication when the tensor-parallel size divides G (default: the K largest of all, "
+        "over all tensor-parallel ranks)",
+    )
+    group.add_argument(
         "--topk-override",
         action="store_true",
         help="resume although the checkpoint was made with other TopK settings",
@@ -95,6 +124,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         dest="topk_metrics",
         help="do not gather or log density, kept norm and silent neurons of TopK layers",
     )
+    add_parallel_arguments(group)
     return parser
 
 
@@ -154,6 +184,11 @@ def _check_topk(args: Namespace) -> None:
                 "statistics of TopK layers are not gathered when a CUDA graph is replayed; "
                 "use --no-topk-metrics or --cuda-graph-impl none"
             )
+    if args.cuda_graph_impl != "none" and config.mlp_layers:
+        raise ConfigError(
+            f"--topk-site {config.site} is not made for CUDA graphs; use --cuda-graph-impl none"
+        )
+    check_parallel(args, config)
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format} does not carry the TopK settings in a way that is "

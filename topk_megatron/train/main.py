@@ -27,6 +27,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from topk_megatron.train.arguments import arguments_provider, check_arguments
+    from topk_megatron.train.arguments_parallel import check_mlp
     from topk_megatron.train.resume import choose_settings
 
     provider = arguments_provider(device, defaults)
@@ -38,6 +39,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     except _REFUSALS as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     config = choose_settings(args)
+    check_mlp(args, config)
     args.topk = config.to_dict()
     # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.
     tokenizer: Any = get_tokenizer()
@@ -76,18 +78,25 @@ def announce(args: Namespace, config: TopKConfig, device: str) -> None:
     if not config.layers:
         print("topk_megatron: dense model (no TopK layer)", flush=True)
         return
-    anneal = "constant"
-    if config.anneal != "constant":
-        anneal = (
-            f"{config.anneal} from {config.start_k} over iterations "
-            f"{config.anneal_begin} to {config.anneal_end}"
-        )
     layers = ", ".join(map(str, config.layers))
-    print(
-        f"topk_megatron: k {config.k} of {config.hidden_size} ({config.mode}, {anneal}) "
-        f"at layers {layers} of {config.num_layers}",
-        flush=True,
-    )
+    sites = " and ".join(_describe_sites(config))
+    print(f"topk_megatron: {sites} at layers {layers} of {config.num_layers}", flush=True)
+
+
+def _describe_sites(config: TopKConfig) -> list[str]:
+    sites = []
+    if config.residual_layers:
+        anneal = "constant"
+        if config.anneal != "constant":
+            anneal = (
+                f"{config.anneal} from {config.start_k} over iterations "
+                f"{config.anneal_begin} to {config.anneal_end}"
+            )
+        sites.append(f"k {config.k} of {config.hidden_size} ({config.mode}, {anneal})")
+    if config.mlp_layers:
+        groups = "over all units" if config.mlp_groups is None else f"in {config.mlp_groups} groups"
+        sites.append(f"MLP k {config.mlp_k} ({config.mode}, {groups})")
+    return sites
 
 
 def run(device: str) -> None:
@@ -104,6 +113,7 @@ def run(device: str) -> None:
     from topk_megatron.model.spec import bind_topk
     from topk_megatron.train.data import datasets_provider
     from topk_megatron.train.metrics import install_metrics
+    from topk_megatron.train.pipeline import install_parallel
     from topk_megatron.train.resume import prepare_resume
     from topk_megatron.train.step import ForwardStep
 
@@ -115,6 +125,7 @@ def run(device: str) -> None:
     prepare_resume(args, config)
     runtime = TopKRuntime(config, probing=args.topk_metrics)
     install_metrics(runtime)
+    install_parallel(args, runtime)
     model = bind_topk(gpt_config_from_args(args), runtime)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

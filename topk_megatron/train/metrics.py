@@ -47,11 +47,12 @@ def gather_metrics(
     """
     config = runtime.config
     device = torch.device(torch.cuda.current_device())
-    sums = torch.zeros(len(config.layers), 4, dtype=torch.float64, device=device)
+    layers = config.residual_layers
+    sums = torch.zeros(len(layers), 4, dtype=torch.float64, device=device)
     silent = torch.full(
-        (len(config.layers), config.hidden_size), NEVER_SEEN, dtype=torch.int64, device=device
+        (len(layers), config.hidden_size), NEVER_SEEN, dtype=torch.int64, device=device
     )
-    for row, layer in enumerate(config.layers):
+    for row, layer in enumerate(layers):
         probe = runtime.probes.get(layer)
         if probe is not None:
             sums[row] = probe.take_sums(device)
@@ -69,7 +70,7 @@ def gather_metrics(
             kept_norm=kept / norm if norm else 0.0,
             silent=share,
         )
-        for layer, (nonzero, outputs, kept, norm, share) in zip(config.layers, table, strict=True)
+        for layer, (nonzero, outputs, kept, norm, share) in zip(layers, table, strict=True)
     ]
 
 
@@ -129,7 +130,7 @@ def install_metrics(runtime: TopKRuntime) -> None:
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
     from megatron.training import get_args, training
 
-    if not (runtime.config.layers and runtime.probing):
+    if not (runtime.config.residual_layers and runtime.probing):
         return
     logger = MetricsLogger(runtime)
     module: Any = training

@@ -37,7 +37,18 @@ def prepare_resume(args: Namespace, config: TopKConfig) -> None:
     _check_topk(args, config, saved, directory)
 
 
-_FLAGS = ("k", "layers", "mode", "anneal", "anneal_start_k", "anneal_begin", "anneal_end")
+_FLAGS = (
+    "k",
+    "layers",
+    "mode",
+    "anneal",
+    "anneal_start_k",
+    "anneal_begin",
+    "anneal_end",
+    "site",
+    "mlp_k",
+    "mlp_groups",
+)
 
 
 def choose_settings(args: Namespace) -> TopKConfig:
@@ -53,7 +64,10 @@ def choose_settings(args: Namespace) -> TopKConfig:
             given = {name: value for name, value in given.items() if value is not None}
             if "layers" in given:
                 given["layers"] = parse_layers(given["layers"], args.num_layers)
-            return TopKConfig.from_dict({**settings, **given})
+            before = TopKConfig.from_dict(settings).to_dict()
+            if given.get("site") == "residual":
+                before.update(mlp_k=None, mlp_groups=None)
+            return TopKConfig.from_dict({**before, **given})
     return TopKConfig.from_args(args)
 
 
@@ -214,4 +228,7 @@ def compare_topk(before: TopKConfig | None, now: TopKConfig) -> list[str]:
 def _describe(config: TopKConfig | None) -> str:
     if config is None or not config.layers:
         return "dense (no TopK layer)"
-    return f"k {config.k} at layers {list(config.layers)}"
+    parts = [f"k {config.k} at layers {list(config.layers)}"] if config.residual_layers else []
+    if config.mlp_layers:
+        parts.append(f"MLP k {config.mlp_k} at layers {list(config.layers)}")
+    return ", ".join(parts)

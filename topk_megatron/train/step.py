@@ -20,6 +20,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from topk_megatron.model.runtime import TopKRuntime
+from topk_megatron.parallel.pipeline import SELECTION
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]
@@ -55,16 +56,27 @@ class ForwardStep:
         reduction = partial(reduce_loss, batch["loss_mask"])
         if return_schedule_plan:
             return model.build_schedule_plan(*inputs, **targets), reduction
-        return model(*inputs, **targets, packed_seq_params=packing), reduction
+        output = model(*inputs, **targets, packed_seq_params=packing)
+        if self.runtime.keeps_selection:
+            # Travels with the output to the transport between pipeline stages.
+            setattr(output, SELECTION, self.runtime.selection_of(output))
+        return output, reduction
 
     def _begin(self, args: Namespace, training: bool) -> None:
-        # `iteration` is where this run began: an evaluation before the first step (a finished run
-        # loaded again, --skip-train) must use the k of the last step, not of step 0.
-        current = max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
+        current = current_iteration(args)
         self.runtime.begin_iteration(current)
         logged = (current + 1) % args.log_interval == 0
         for probe in self.runtime.probes.values():
             probe.measuring = training and logged
+
+
+def current_iteration(args: Namespace) -> int:
+    """The step that runs, counted from 0.
+
+    `args.iteration` is where this run began: an evaluation before the first step (a finished run
+    loaded again, --skip-train) must use the k of the last step, not of step 0.
+    """
+    return max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
 
 
 def get_batch(args: Namespace, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:

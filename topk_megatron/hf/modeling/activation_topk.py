@@ -60,12 +60,11 @@ class Intervention:
 
     def changed(self, old: Tensor) -> Tensor:
         """The neuron's new values [b, s] from its old ones."""
+        value = self.value or 0.0
         if self.op == "add":
             # Adding 0 would turn -0 into +0; nothing may change then.
-            return old + self.value if self.value else old
-        if self.op == "scale":
-            return old * self.value
-        return torch.full_like(old, self.value or 0.0)
+            return old + value if value else old
+        return old * value if self.op == "scale" else torch.full_like(old, value)
 
 
 @dataclass

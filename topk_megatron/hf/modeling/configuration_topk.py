@@ -90,7 +90,7 @@ class TopKLMConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.topk = topk
+        self.topk: dict[str, Any] = topk or {}
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -126,13 +126,9 @@ class TopKLMConfig(PretrainedConfig):
         self._check()
         self._explicit = sorted({*vars(self), *_TOKENS, "tie_word_embeddings"})
         kwargs.pop("rms_norm_eps", None)
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        tokens = (bos_token_id, eos_token_id, pad_token_id)
+        shared = dict(zip(_TOKENS, tokens, strict=True), tie_word_embeddings=tie_word_embeddings)
+        super().__init__(**shared, **kwargs)
         # transformers 4 keeps them to itself where they are None.
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = pad_token_id
@@ -209,7 +205,7 @@ class TopKLMConfig(PretrainedConfig):
     def _check_topk(self) -> None:
         topk = self.topk
         if not isinstance(topk, dict) or set(topk) != set(TOPK_KEYS):
-            found = sorted(topk) if isinstance(topk, dict) else topk
+            found = (sorted(topk) if isinstance(topk, dict) else topk) or "nothing"
             raise ValueError(
                 f"topk must have exactly the keys {', '.join(TOPK_KEYS)}, got {found}; this is not "
                 "the configuration of a TopK language model, or it was edited"
@@ -224,14 +220,29 @@ class TopKLMConfig(PretrainedConfig):
         if topk["site"] != "mlp":
             _check_count("topk.k", topk["k"], "hidden_size", self.hidden_size)
         if topk["site"] != "residual":
-            size = self.intermediate_size
-            _check_count("topk.mlp_k", topk["mlp_k"], "intermediate_size", size)
-            groups = topk["mlp_groups"]
-            if groups is not None and (groups < 1 or size % groups or topk["mlp_k"] % groups):
-                raise ValueError(
-                    f"topk.mlp_groups must divide intermediate_size={size} and "
-                    f"mlp_k={topk['mlp_k']}, got {groups}"
-                )
+            for name, size in self._mlp_sizes():
+                _check_mlp(topk, name, size)
+
+    def _mlp_sizes(self) -> list[tuple[str, int]]:
+        """Inner dimensions of the MLPs that have a TopK, with the fields that set them."""
+        layers, moe = set(self.topk["layers"]), set(self.moe_layers)
+        sizes = [("intermediate_size", self.intermediate_size)] if layers - moe else []
+        if layers & moe:
+            name = "moe_intermediate_size" if self.moe_intermediate_size else "intermediate_size"
+            sizes.append((name, self.moe_intermediate_size or self.intermediate_size))
+            if self.shared_expert_intermediate_size:
+                name = "shared_expert_intermediate_size"
+                sizes.append((name, self.shared_expert_intermediate_size))
+        return sizes
+
+
+def _check_mlp(topk: dict[str, Any], name: str, size: int) -> None:
+    _check_count("topk.mlp_k", topk["mlp_k"], name, size)
+    groups = topk["mlp_groups"]
+    if groups is not None and (groups < 1 or size % groups or topk["mlp_k"] % groups):
+        raise ValueError(
+            f"topk.mlp_groups must divide {name}={size} and mlp_k={topk['mlp_k']}, got {groups}"
+        )
 
 
 def _check_layers(name: str, layers: Any, num_layers: int) -> None:

@@ -29,7 +29,7 @@ class TopKRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's cosines and sines over the rotated part of head_dim, with its scalings."""
 
     @staticmethod
-    def compute_default_rope_parameters(
+    def compute_default_rope_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
         config: TopKLMConfig, device: Any = None, seq_len: int | None = None, **_: Any
     ) -> tuple[Tensor, float]:
         """Inverse frequencies of plain RoPE; transformers 5 asks the model for them."""
@@ -153,8 +153,9 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        if config.router_bias:
-            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        self.expert_bias: Tensor | None
+        bias = torch.zeros(config.num_experts) if config.router_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[n, h] to weights [n, experts a token] and expert numbers int64 of the same shape."""
@@ -162,8 +163,9 @@ class TopKRouter(nn.Module):
         count = self.config.num_experts_per_tok
         if self.config.router_score_function == "sigmoid":
             scores = torch.sigmoid(logits.float())
-            bias = self.expert_bias.float() if self.config.router_bias else 0.0
-            experts = torch.topk(scores + bias, count, dim=1).indices
+            bias = self.expert_bias
+            biased = scores if bias is None else scores + bias.float()
+            experts = torch.topk(biased, count, dim=1).indices
             weights = scores.gather(1, experts)
             if count > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -190,7 +192,8 @@ class TopKMoE(nn.Module):
             for _ in range(config.num_experts)
         )
         if config.shared_expert_intermediate_size:
-            self.shared_expert = TopKMLP(config, config.shared_expert_intermediate_size)
+            activation = mlp_topk(config, layer_idx, expert=True)
+            self.shared_expert = TopKMLP(config, config.shared_expert_intermediate_size, activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[b, s, h] to [b, s, h]."""

@@ -123,7 +123,7 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
 
     def _activations(self, site: str) -> dict[int, TopKActivation]:
         """The TopK activations of one site by layer; those inside experts are not among them."""
-        layers = getattr(self, self.base_model_prefix, self).layers
+        layers: Any = getattr(self, self.base_model_prefix, self).layers
         holders = [layer.mlp if site == "mlp" else layer for layer in layers]
         return {n: holder.topk for n, holder in enumerate(holders) if hasattr(holder, "topk")}
 
@@ -181,7 +181,7 @@ class TopKLMModel(TopKLMPreTrainedModel, LlamaModel):
             TopKDecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
-        self.rotary_emb = TopKRotaryEmbedding(config=config)
+        self.rotary_emb = TopKRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()
 

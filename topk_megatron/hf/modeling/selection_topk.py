@@ -10,17 +10,17 @@ from torch import Tensor
 
 try:
     from topk_megatron.ops import pack_sparse, topk_mask, topk_mask_with_bits
-
-    FUSED = True
 except ImportError:
-    FUSED = False
+    pack_sparse = topk_mask = topk_mask_with_bits = None
+
+FUSED = topk_mask is not None
 
 
 def select(x: Tensor, k: int, mode: str) -> Tensor:
     """x [..., H] with all but its k largest coordinates of each row set to +0."""
     if k >= x.shape[-1]:
         return x
-    if FUSED:
+    if topk_mask is not None:
         return topk_mask(x, k, mode=mode)
     return _keep(x, _top(x, k, mode))
 
@@ -30,7 +30,7 @@ def select_with_indices(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     if k >= size:
         return x, torch.arange(size, device=x.device).expand(x.shape)
-    if FUSED:
+    if topk_mask_with_bits is not None and pack_sparse is not None:
         y, bits = topk_mask_with_bits(x, k, mode=mode)
         return y, pack_sparse(y.detach(), bits, k)[1].long()
     top = _top(x, k, mode)

@@ -1,0 +1,25 @@
+"""Pretraining whose rank 1 is started with another k, as a stale launch script would.
+
+An entry for `topk_megatron.testing.launch.pretrain`.
+"""
+
+import os
+import sys
+
+from topk_megatron.cli import exit_on_user_error
+from topk_megatron.device import prepare_device
+
+
+@exit_on_user_error
+def main() -> None:
+    """Train, or rather find out."""
+    device = prepare_device()
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--topk-k") + 1] = "7"
+    from topk_megatron.train.main import run
+
+    run(device)
+
+
+if __name__ == "__main__":
+    main()

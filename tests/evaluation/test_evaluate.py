@@ -1,0 +1,146 @@
+"""tools/evaluate.py as a user runs it, offline, and what it says to wrong input."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import run_tool
+from topk_megatron.evaluation.model import OpenModel, open_model
+from topk_megatron.evaluation.tasks import read_task
+from topk_megatron.testing.launch import REPOSITORY
+
+TASKS = REPOSITORY / "examples" / "quickstart" / "tasks"
+
+pytestmark = pytest.mark.slow
+
+
+def log_likelihood(opened: OpenModel, context: str, choice: str) -> float:
+    """Of a choice after a context, token by token, as lm-eval cuts them."""
+    bare = context.rstrip()
+    whole = opened.encode(context + choice)
+    cut = max(0, len(whole) - opened.context - 1)  # what the model can read
+    start = len(opened.encode(bare)) - cut
+    whole = whole[cut:]
+    with torch.no_grad():
+        logits = opened.model(torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[place - 1, whole[place]]) for place in range(start, len(whole)))
+
+
+def test_both_models_are_measured_and_accuracies_equal_a_count_by_hand(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    limit = 12
+    done = run_tool(
+        "evaluate.py",
+        *("--model", folders["default"], folders["dense"], "--text", corpus / "000.txt"),
+        *("--tasks", TASKS / "next_speaker.yaml", "--limit", str(limit)),
+        *("--output", tmp_path / "results.json"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["topk"] is None for result in results] == [False, True]
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stdout.splitlines()[2].split()[1] == "dense"
+
+    opened = open_model(folders["default"])
+    lines = (TASKS / "next_speaker.jsonl").read_text().splitlines()[:limit]
+    right = 0
+    for example in map(json.loads, lines):
+        values = [log_likelihood(opened, example["context"], c) for c in example["choices"]]
+        right += values.index(max(values)) == example["answer"]
+    metrics = results[0]["tasks"]["quickstart_next_speaker"]
+    assert metrics["acc"] == pytest.approx(right / limit)
+    assert metrics["examples"] == limit
+
+
+@pytest.mark.parametrize("name", ["next_line", "next_speaker"])
+def test_task_files_hold_fair_questions(name: str) -> None:
+    task = read_task(TASKS / f"{name}.yaml")
+    path = Path(task["dataset_kwargs"]["data_files"]["test"])
+    examples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(examples) == 120
+    answers = [example["answer"] for example in examples]
+    assert all(answers.count(n) == 30 for n in range(4))
+    for example in examples:
+        assert len(set(example["choices"])) == 4
+        if name == "next_line":
+            assert example["choices"][example["answer"]] not in example["context"]
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("token*"), *folder.glob("special*")):
+        file.unlink()
+
+
+def truncated(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def without_topk(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["topk"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def of_another_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "qk_norm": True}))
+
+
+def of_another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 97}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (without_tokenizer, "cannot be opened"),
+        (truncated, "cannot be opened"),
+        (without_topk, "topk must have exactly the keys"),
+        (of_another_model, "do not fit its config.json: missing: model.layers.0.self_attn.k_norm"),
+        (of_another_size, "cannot be opened"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(
+    damage: Callable[[Path], None], complaint: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["default"], folder)
+    damage(folder)
+    done = run_tool("evaluate.py", "--model", folder, "--text", REPOSITORY / "README.md")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--tasks", "/no/such.yaml"], "there is no task file /no/such.yaml"),
+        (["--tasks", "constraints.txt.yaml"], "there is no task file"),
+        (["--text", "/no/such.txt"], "no file matches"),
+        (["--text", "LICENSE"], "file type (none) is not known"),
+        (
+            ["--text", "README.md", "--output", "/no/such/folder/x.json"],
+            "the folder does not exist",
+        ),
+        (["--text", "README.md", "--device", "cuda"], "this machine has no CUDA; use cpu"),
+        (["--text", "README.md", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--text", "README.md", "--context", "100"], "--context must be in [1, 64]"),
+    ],
+)
+def test_wrong_commands_are_refused_in_one_line(
+    flags: list[str], complaint: str, folders: dict[str, Path]
+) -> None:
+    done = run_tool("evaluate.py", "--model", folders["default"], *flags)
+    assert done.returncode == 2
+    assert complaint in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,67 @@
+"""What the sparse forms refuse, and in which words."""
+
+from argparse import Namespace
+
+import pytest
+
+from topk_megatron.config import TopKConfig
+from topk_megatron.errors import ConfigError
+from topk_megatron.train.arguments_parallel import check_parallel
+
+ACCEPTED = {
+    "topk_sparse_p2p": True,
+    "topk_sparse_save": True,
+    "topk_verify": 10,
+    "moe_grouped_gemm": False,
+    "cuda_graph_impl": "none",
+    "overlap_moe_expert_parallel_comm": False,
+    "pipeline_model_parallel_size": 2,
+    "distribute_saved_activations": False,
+    "gradient_accumulation_fusion": False,
+    "recompute_granularity": None,
+}
+
+
+def config(**changes: object) -> TopKConfig:
+    settings = {"hidden_size": 64, "num_layers": 4, "k": 8, "layers": (0, 1)}
+    return TopKConfig(**{**settings, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_supported_passes() -> None:
+    check_parallel(Namespace(**ACCEPTED), config())
+    fused = {"gradient_accumulation_fusion": True, "recompute_granularity": "full"}
+    check_parallel(Namespace(**{**ACCEPTED, **fused}), config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"topk_verify": 0}, "--topk-verify must be at least 1, got 0"),
+        ({"topk_sparse_p2p": False, "topk_sparse_save": False}, "give one of them"),
+        ({"pipeline_model_parallel_size": 1}, "needs --pipeline-model-parallel-size above 1"),
+        ({"cuda_graph_impl": "local"}, "not made for CUDA graphs"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"use_ring_exchange_p2p": True}, "does not go with --use-ring-exchange-p2p"),
+        ({"variable_seq_lengths": True}, "does not go with --variable-seq-lengths"),
+        ({"sft": True}, "does not go with --sft"),
+        ({"mtp_num_layers": 1}, "does not go with --mtp-num-layers"),
+        ({"distribute_saved_activations": True}, "--distribute-saved-activations"),
+        ({"cpu_offloading": True}, "does not go with --cpu-offloading"),
+        ({"gradient_accumulation_fusion": True}, "needs --no-gradient-accumulation-fusion"),
+    ],
+)
+def test_what_cannot_be_served_is_named(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        check_parallel(Namespace(**{**ACCEPTED, **changes}), config())
+
+
+@pytest.mark.parametrize("changes", [{"layers": ()}, {"site": "mlp", "mlp_k": 8}])
+def test_a_dense_residual_stream_has_nothing_to_send_or_save(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="needs layers with a TopK on the residual stream"):
+        check_parallel(Namespace(**ACCEPTED), config(**changes))
+
+
+def test_grouped_experts_cannot_have_a_topk_inside() -> None:
+    args = {**ACCEPTED, "moe_grouped_gemm": True}
+    with pytest.raises(ConfigError, match="cannot enter grouped experts"):
+        check_parallel(Namespace(**args), config(site="both", mlp_k=8))

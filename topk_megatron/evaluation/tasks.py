@@ -1,0 +1,95 @@
+"""Tasks of lm-evaluation-harness, from local YAML files or by name, on an open model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from topk_megatron.errors import ConfigError, DataError
+from topk_megatron.evaluation.model import OpenModel
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """A task file, with the data files that it names looked for beside it.
+
+    Raises:
+        DataError: not there, not a task, or its data are not there.
+    """
+    import yaml
+
+    try:
+        task = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read the task {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(task, dict) or "task" not in task:
+        raise DataError(f"{path} is no task of lm-evaluation-harness: it has no entry 'task'")
+    files = (task.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, dict):
+        found = {split: path.parent / str(name) for split, name in files.items()}
+        if missing := [str(file) for file in found.values() if not file.is_file()]:
+            raise DataError(f"{path} reads {missing[0]}, which does not exist")
+        task["dataset_kwargs"]["data_files"] = {k: str(v) for k, v in found.items()}
+    return task
+
+
+def evaluate_tasks(
+    opened: OpenModel, tasks: list[str], *, batch_size: int = 8, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Run tasks.
+
+    Args:
+        opened: model and tokenizer.
+        tasks: paths of YAML files, or names of the harness's own tasks (whose data it downloads).
+        batch_size: requests a forward pass.
+        limit: examples of each task; None is all.
+
+    Returns:
+        For each task its metrics, standard errors (``acc_stderr``) and ``examples``.
+
+    Raises:
+        ConfigError: lm-evaluation-harness is not installed, or a name that it does not know.
+        DataError: a task file or its data cannot be read.
+    """
+    specs = [read_task(Path(task)) if _is_file(task) else task for task in tasks]
+    if all(isinstance(spec, dict) for spec in specs):
+        # Local tasks need no network, and without it a look at the hub costs minutes.
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models import huggingface
+    except ImportError as error:
+        raise ConfigError(
+            f"tasks need lm-evaluation-harness ({error}): pip install 'topk-megatron[evaluate]'"
+        ) from error
+    library: Any = huggingface
+    language_model = library.HFLM(
+        pretrained=opened.model,
+        tokenizer=opened.tokenizer,
+        batch_size=batch_size,
+        max_length=opened.context,
+    )
+    try:
+        run: Any = simple_evaluate
+        found = run(model=language_model, tasks=list(specs), limit=limit, log_samples=False)
+    except (KeyError, FileNotFoundError, ConnectionError, ValueError) as error:
+        raise DataError(f"lm-evaluation-harness refuses: {' '.join(str(error).split())}") from error
+    return {name: _metrics(found, name) for name in found["results"]}
+
+
+def _is_file(task: str) -> bool:
+    if task.endswith((".yaml", ".yml")):
+        if not Path(task).is_file():
+            raise DataError(f"there is no task file {task}")
+        return True
+    return False
+
+
+def _metrics(found: Any, name: str) -> dict[str, float]:
+    """Drop the harness's filter names: ``acc_norm_stderr,none`` is ``acc_norm_stderr`` here."""
+    metrics = {
+        key.split(",")[0]: float(value)
+        for key, value in found["results"][name].items()
+        if isinstance(value, int | float) and "," in key
+    }
+    metrics["examples"] = found["n-samples"][name]["effective"]
+    return metrics

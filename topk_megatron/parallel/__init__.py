@@ -1,0 +1,1 @@
+"""What parallelism gains from sparsity, and what sparsity needs from parallelism."""

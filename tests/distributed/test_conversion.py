@@ -92,7 +92,7 @@ class Reference:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=list(ARCHITECTURES))
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
 def reference(
     request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:

@@ -92,7 +92,7 @@ class Reference:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=list(ARCHITECTURES))
 def reference(
     request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:

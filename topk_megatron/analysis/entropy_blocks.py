@@ -31,55 +31,57 @@ def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
     A corpus of fewer than 8 blocks gives none. Runs of equal blocks are resampled alike, so that
     differences are of the same text.
     """
-    summary, differences = [], []
-    replicates: dict[str, np.ndarray] = {}
-    values: dict[str, float] = {}
+    found: dict[str, tuple[float, np.ndarray]] = {}
+    summary = []
     for run in runs:
         if run.manifest["blocks"] < _FEWEST_BLOCKS or not run.table("blocks.parquet").num_rows:
             continue
-        weights = _weights(config, run.manifest["blocks"])
-        values[run.name], replicates[run.name], neurons = _run_replicates(config, run, weights)
-        if not neurons:
-            continue
-        interval = normal_interval(
-            values[run.name], replicates[run.name], config.confidence, neurons
+        value, replicates, neurons = _run_replicates(
+            config, run, _weights(config, run.manifest["blocks"])
         )
-        summary.append(
-            {
-                "run": run.name,
-                "kind": run.kind,
-                "layer": _ALL_LAYERS,
-                "measure": "token_entropy",
-                "neurons": neurons,
-                "mean": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-                "resampled": "blocks",
-            }
-        )
-    first = runs[0].name
-    for run in runs[1:]:
-        same = run.manifest["block_tokens"] == runs[0].manifest["block_tokens"]
-        if first in replicates and run.name in replicates and same:
-            interval = normal_interval(
-                values[first] - values[run.name],
-                replicates[first] - replicates[run.name],
-                config.confidence,
-                0,
-            )
-            differences.append(
+        if neurons:
+            found[run.name] = value, replicates
+            interval = normal_interval(value, replicates, config.confidence, neurons)
+            summary.append(
                 {
-                    "measure": "token_entropy",
+                    "run": run.name,
+                    "kind": run.kind,
                     "layer": _ALL_LAYERS,
-                    "run_a": first,
-                    "run_b": run.name,
-                    "resampled": "blocks",
-                    "difference": interval.value,
+                    "measure": "token_entropy",
+                    "neurons": neurons,
+                    "mean": interval.value,
                     "low": interval.low,
                     "high": interval.high,
+                    "resampled": "blocks",
                 }
             )
-    return BlockRows(summary, differences)
+    return BlockRows(summary, _differences(config, runs, found))
+
+
+def _differences(
+    config: Any, runs: list[Run], found: dict[str, tuple[float, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """The first run less each other one of equal blocks: the same text was drawn for both."""
+    rows, first = [], runs[0]
+    for run in runs[1:]:
+        same = run.manifest["block_tokens"] == first.manifest["block_tokens"]
+        if not same or first.name not in found or run.name not in found:
+            continue
+        (one, resampled), (other, others) = found[first.name], found[run.name]
+        interval = normal_interval(one - other, resampled - others, config.confidence, 0)
+        rows.append(
+            {
+                "measure": "token_entropy",
+                "layer": _ALL_LAYERS,
+                "run_a": first.name,
+                "run_b": run.name,
+                "resampled": "blocks",
+                "difference": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+            }
+        )
+    return rows
 
 
 def _weights(config: Any, blocks: int) -> np.ndarray:

@@ -24,9 +24,7 @@ _TOP = ("neuron", "value", "position", "document", "token", "context", "values")
 _MOMENTS = ("count", "sum", "sum_squares", "max", "min")
 
 
-def merge_layer(
-    directory: Path, plan: dict[str, Any], layer: int, sizes: Sizes, bootstrap_neurons: int
-) -> None:
+def merge_layer(directory: Path, plan: dict[str, Any], layer: int, sizes: Sizes) -> None:
     """Write the histograms, moments, examples and block histograms of one layer.
 
     The last three go to ``parts/``, from where `merge_run` puts all layers into one file each.
@@ -38,7 +36,7 @@ def merge_layer(
     aside = directory / "parts"
     tables.write_table(aside / f"neurons-{layer:03d}.parquet", _neurons(paths, layer, sizes, mass))
     tables.write_table(aside / f"examples-{layer:03d}.parquet", _examples(paths, layer, sizes))
-    chosen = np.random.default_rng([layer, 0]).permutation(sizes.width)[:bootstrap_neurons]
+    chosen = np.random.default_rng([layer, 0]).permutation(sizes.width)[: plan["bootstrap_neurons"]]
     tables.write_parts(
         aside / f"blocks-{layer:03d}.parquet",
         tables.BLOCKS,

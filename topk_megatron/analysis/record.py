@@ -109,14 +109,14 @@ def record(
     started = time.perf_counter()
     mine = range(ranks.rank, recorder.num_blocks, ranks.world)
     recorded = 0
-    for place, block in enumerate(mine):
+    for place, block in enumerate(mine, start=1):
         recorded += recorder.block(block)
-        progress(place + 1, len(mine))
+        progress(place, len(mine))
     seconds = ranks.total(time.perf_counter() - started)
     ranks.barrier()
     for place, layer in enumerate(source.layers):
         if place % ranks.world == ranks.rank:
-            merge_layer(recorder.directory, recorder.plan, layer, recorder.sizes, _boot(config))
+            merge_layer(recorder.directory, recorder.plan, layer, recorder.sizes)
     ranks.barrier()
     if ranks.rank == 0:
         merge_run(recorder.directory, recorder.plan, source.folder.tokenizer, corpus)
@@ -125,8 +125,8 @@ def record(
     return open_run(config.study, config.run)
 
 
-def _boot(config: RecordConfig) -> int:
-    return config.bootstrap_neurons
+def _prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
 
 
 class _Recorder:
@@ -153,6 +153,7 @@ class _Recorder:
         self.plan = self._plan()
 
     def _plan(self) -> dict[str, Any]:
+        """The manifest without its files: all that decides what is written."""
         source, corpus, config = self.source, self.corpus, self.config
         return {
             "format_version": FORMAT_VERSION,
@@ -225,17 +226,12 @@ class _Recorder:
             self._write_raw(number, text, states)
         arrays: dict[str, np.ndarray] = {}
         for layer, (values, neurons) in states.items():
-            for name, found in {
+            found = {
                 **histogram(neurons, values, tokens, self.sizes),
-                **{
-                    f"moments/{n}": a for n, a in moments(neurons, values, self.sizes.width).items()
-                },
-                **{
-                    f"top/{n}": a
-                    for n, a in top_examples(neurons, values, text, self.sizes).items()
-                },
-            }.items():
-                arrays[f"{layer}/{name}"] = found
+                **_prefixed("moments", moments(neurons, values, self.sizes.width)),
+                **_prefixed("top", top_examples(neurons, values, text, self.sizes)),
+            }
+            arrays |= _prefixed(str(layer), found)
         parts.write(part, arrays)
         return last - first
 

@@ -60,29 +60,6 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    rows: list[dict[str, Any]] = []
-    variance = float((states - states.mean(dim=0)).pow(2).sum(dim=1).mean())
-
-    class Logging(SAETrainer):
-        def step(self, batch: Tensor) -> Any:
-            output = super().step(batch)
-            number = self.n_training_steps
-            if number % _LOGGED_STEPS == 0 or self.n_training_samples >= training.tokens:
-                scale = self.activation_scaler.scaling_factor or 1.0
-                error = (output.sae_out - output.sae_in).detach().pow(2).sum(dim=-1).mean()
-                mse = float(error) / scale**2
-                rows.append(
-                    {
-                        "step": number,
-                        "tokens": self.n_training_samples,
-                        "mse": mse,
-                        "explained_variance": 1 - mse / variance,
-                        "dead": int(self.dead_neurons.sum()),
-                    }
-                )
-            return output
 
     torch.manual_seed(seed)
     sae = TopKTrainingSAE(
@@ -104,8 +81,37 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
         n_batches_for_norm_estimate=_NORM_BATCHES,
         dead_feature_window=max(10, steps // 10),
     )
-    trainer = Logging(config, sae, _batches(states, training.batch, seed))
-    return trainer.fit().eval(), rows
+    variance = float((states - states.mean(dim=0)).pow(2).sum(dim=1).mean())
+    rows: list[dict[str, Any]] = []
+    trainer = _logging_trainer(rows, variance, steps)
+    batches = _batches(states, training.batch, seed)
+    return trainer(config, sae, batches).fit().eval(), rows
+
+
+def _logging_trainer(rows: list[dict[str, Any]], variance: float, steps: int) -> Any:
+    """SAELens' trainer, which also appends to `rows`; the library is imported only here."""
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    class Logging(SAETrainer):
+        def step(self, batch: Tensor) -> Any:
+            output = super().step(batch)
+            number = self.n_training_steps
+            if number % _LOGGED_STEPS == 0 or number == steps - 1:
+                scale = self.activation_scaler.scaling_factor or 1.0
+                error = (output.sae_out - output.sae_in).detach().pow(2).sum(dim=-1).mean()
+                mse = float(error) / scale**2
+                rows.append(
+                    {
+                        "step": number,
+                        "tokens": self.n_training_samples,
+                        "mse": mse,
+                        "explained_variance": 1 - mse / variance,
+                        "dead": int(self.dead_neurons.sum()),
+                    }
+                )
+            return output
+
+    return Logging
 
 
 def _batches(states: Tensor, size: int, seed: int) -> Iterator[Tensor]:

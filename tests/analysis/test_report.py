@@ -1,5 +1,6 @@
 """A study as one HTML file, driven in a browser."""
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 
 from tests.analysis.browser import chromium, open_page
 from tests.analysis.studies import ODD, Invention
-from tests.conftest import run_tool
+from topk_megatron.analysis.commands import register_all
 from topk_megatron.analysis.promote import OutputDirections, read_directions
 from topk_megatron.analysis.report import ReportConfig, write_report
 from topk_megatron.analysis.study import open_run
@@ -194,10 +195,15 @@ def test_narrow_screen_does_not_scroll_sideways(browser: Any, report: Path) -> N
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_study_of_a_recording_alone_shows_what_is_missing(browser: Any, tmp_path: Path) -> None:
+def test_study_of_a_recording_alone_shows_what_is_missing(
+    browser: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Invention(tmp_path, layers=1, width=8, vocab=20).record()
-    done = run_tool("analyze.py", "report", "--study", tmp_path)
-    assert done.returncode == 0, done.stderr
+    parser = argparse.ArgumentParser()
+    register_all(parser.add_subparsers())
+    args = parser.parse_args(["report", "--study", str(tmp_path)])
+    args.run(args)
+    assert "report.html: topk, 8 neurons, 0 claims" in capsys.readouterr().out
     with open_page(browser, f"file://{tmp_path / 'report.html'}#L0N1") as page:
         page.wait_for_selector("html[data-ready=all]")
         text = page.locator("main").inner_text()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.analysis.conftest import make_model
-from tests.conftest import run_tool
 from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.errors import AnalysisError
 from topk_megatron.explorer.app import make_app
+from topk_megatron.explorer.command import main
 from topk_megatron.explorer.engine import Engine, open_engine
 from topk_megatron.explorer.requests import MAX_BODY, MAX_CHARACTERS
 from topk_megatron.explorer.security import host_name
@@ -214,8 +214,13 @@ def test_models_that_cannot_be_explored_are_refused(
         open_engine(other, study, "topk")
 
 
-def test_command_line_says_a_mistake_in_one_line(tmp_path: Path) -> None:
-    done = run_tool("explorer.py", "--model", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path} holds no config.json")
-    assert len(done.stderr.splitlines()) == 1
+def test_command_line_says_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["explorer.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path} holds no config.json")
+    assert len(said.splitlines()) == 1

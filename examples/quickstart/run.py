@@ -206,14 +206,14 @@ def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
     topk, dense = ("--model", folders["topk"]), ("--model", folders["dense"])
     once = "--aggregate-only"
     for command in (
-        ("record", *topk, *held_out, once, "--run", "topk"),
-        ("record", *dense, *held_out, once, "--run", "dense", "--k", 32, "--layers", "all,-2"),
+        ("record", *topk, *held_out, once, "--name", "topk"),
+        ("record", *dense, *held_out, once, "--name", "dense", "--k", 32, "--layers", "all,-2"),
         (
             *("sae", *dense, *held_out, "--train-documents=:-4", "--k", 32, "--layers", 2),
             *("--train-tokens", 40960),
         ),
         (
-            *("track", *where, "--documents=-4:", "--max-tokens", 16384, "--run", "topk"),
+            *("track", *where, "--documents=-4:", "--max-tokens", 16384, "--name", "topk"),
             *("--trajectory", trajectory, "--context-neurons", 0),
         ),
         (

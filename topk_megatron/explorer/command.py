@@ -41,7 +41,7 @@ def main() -> None:
     except ImportError as error:
         raise AnalysisError(
             f"the explorer needs {error.name}; install the extra: pip install "
-            "topk-megatron[explorer]"
+            "topk-megatron[analysis]"
         ) from error
     if not 0 < args.port < 65536:
         raise AnalysisError(f"--port must be from 1 to 65535, got {args.port}")

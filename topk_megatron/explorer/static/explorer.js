@@ -190,7 +190,7 @@ function showContinuations(prompt, { unsteered, steered }) {
   while (same < steered.tokens.length && steered.tokens[same] === unsteered.tokens[same]) same += 1;
   const equal = same === steered.tokens.length && same === unsteered.tokens.length;
   const tail = prompt.length > 60 ? `…${prompt.slice(-60)}` : prompt;
-  const column = (title, text) => el('div', {}, el('h4', {}, title), el('p', {}, el('span', { class: 'given' }, tail), text));
+  const column = (title, text) => el('div', {}, el('h4', {}, title), el('p', {}, el('span', { class: 'given' }, tail), text.replace(/\n+$/, (breaks) => '⏎'.repeat(breaks.length))));
   byId('continuations').replaceChildren(column('Unsteered', unsteered.text), column('Steered', steered.text),
     el('p', { class: 'legend' }, equal ? 'Both are the same.' : `They part after ${same} token${same === 1 ? '' : 's'}.`));
 }

@@ -40,7 +40,7 @@ function renderExamples(examples, context) {
 }
 
 function exampleToken(text, level, most, isTarget) {
-  const shown = text.replace(/\n/g, '⏎');
+  const shown = signs(text);
   if (level === undefined && !isTarget) return document.createTextNode(shown);
   const classes = `fired${level < 0 ? ' negative' : ''}`;
   const element = el(isTarget ? 'mark' : 'span', { class: classes, title: `value ${number(level || 0)}` }, shown);

@@ -28,14 +28,20 @@ function number(value) {
 }
 
 function withUnit(value, unit) {
-  if (unit === 'share' && Number.isFinite(value)) return `${number(100 * value)} %`;
+  if (!Number.isFinite(value)) return number(value);
+  if (unit === 'share') return `${number(100 * value)} %`;
   return unit && unit !== 'share' ? `${number(value)} ${unit}` : number(value);
+}
+
+// Line breaks and tabs, which may come as byte pieces, as signs.
+function signs(text) {
+  return text.replace(/\n|<0x0A>/g, '⏎').replace(/\t|<0x09>/g, '⇥');
 }
 
 // A token as it can be read on its own: its leading space and line breaks made visible.
 function visible(text) {
   if (text === '') return '∅';
-  return text.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/^ +| +$/g, (s) => '␣'.repeat(s.length));
+  return signs(text).replace(/^ +| +$/g, (s) => '␣'.repeat(s.length));
 }
 
 function empty(text) {

@@ -126,7 +126,7 @@ function saeFigure(table) {
 // Neurons as points; a click opens the card. At most `limit` are drawn, evenly spaced.
 function neuronFigure(data, nameOf, open, limit = 4000) {
   const keys = [...data.measures.keys()];
-  const wanted = keys.includes('token_entropy') ? 'token_entropy' : keys[keys.length - 1];
+  const wanted = keys.includes('token_entropy') ? 'token_entropy' : 'max';
   const label = (key) => data.labels.get(key);
   const choices = [wanted, ...keys.filter((key) => key !== wanted && key !== 'count')].map((key) => [key, label(key)]);
   const total = data.layers.length * data.width;

@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 import signal
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def guard_saves() -> None:
 
     @functools.wraps(original)
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        # Starting it later would unblock SIGTERM again (multiprocessing/resource_tracker.py).
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return original(iteration, *args, **kwargs)

@@ -153,14 +153,16 @@ def _to_megatron(args: argparse.Namespace) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    sys.exit(128 + number)  # unwinds, so that what was begun is removed
+    print("error: stopped by a signal; what was begun is removed", file=sys.stderr, flush=True)
+    sys.exit(128 + number)  # unwinds, so that it is
 
 
 @exit_on_user_error
 def main() -> None:
     """Convert, and say what was made."""
     args = parse()
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     {"to-hf": _to_hf, "to-megatron": _to_megatron}[args.command](args)
 
 

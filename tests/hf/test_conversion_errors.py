@@ -55,10 +55,11 @@ class Refusal:
         before = sorted(save.parent.iterdir())
         arguments = [TOOL, command, "--load", load, "--save", save, *flags]
         self._patch.setattr(sys, "argv", list(map(str, arguments)))
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(str(TOOL), run_name="__main__")
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         assert exit_.value.code == 2
         assert sorted(save.parent.iterdir()) == before
         line = self._captured.readouterr().err.splitlines()[-1]
@@ -208,6 +209,22 @@ def test_error_is_the_last_line_of_the_command_and_exits_with_2(
     assert "Traceback" not in done.stderr
 
 
+def test_size_of_the_vocabulary_comes_from_the_tokenizer_where_arguments_lack_it(
+    tokenizer: Path, exported: Path, tmp_path: Path
+) -> None:
+    config = {**CONFIG, "vocab_size": 640}
+    stock = tmp_path / "stock"
+    unknown = {"tokenizer_vocab_size": None}
+    write_synthetic_checkpoint(stock, config, tokenizer_model=tokenizer, arguments=unknown)
+    with pytest.raises(CheckpointError, match="--tokenizer-model"):
+        export_checkpoint(stock, tmp_path / "out", ExportSettings(dense=True))
+    for name, model in (("file", tokenizer), ("folder", exported)):
+        settings = ExportSettings(dense=True, tokenizer_model=str(model), tokenizer=False)
+        source = export_checkpoint(stock, tmp_path / name, settings)
+        assert source.config["vocab_size"] == 512
+        assert source.padded_vocabulary == 640
+
+
 def test_failing_write_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,12 +261,17 @@ def test_interrupted_conversion_leaves_nothing_that_loads(
     arguments = [tool, "to-hf", "--load", checkpoint, "--save", tmp_path / "out"]
     command = [sys.executable, "-c", _SLOW_WRITE, *map(str, arguments)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPOSITORY
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "WRITING\n"
         process.send_signal(number)
-        assert process.wait(20) != 0
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert "error: stopped by a signal" in errors
+        assert "Traceback" not in errors
     left = [path for path in tmp_path.iterdir() if path.name != "megatron"]
     if number == signal.SIGKILL:
         assert [path.name[:12] for path in left] == [".out.partial"]

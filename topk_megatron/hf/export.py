@@ -20,7 +20,7 @@ from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE
 from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.source import MegatronSource
 from topk_megatron.hf.splits import SPLITS
-from topk_megatron.hf.tokenizer import export_tokenizer
+from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
 from topk_megatron.train.resume import find_checkpoint
 
 TRAINING_FILE = "topk_training.json"
@@ -87,16 +87,8 @@ def export_checkpoint(
 
 def settings_vocab(settings: ExportSettings) -> int | None:
     """Size of the tokenizer that the user names, for checkpoints that do not tell it."""
-    if settings.tokenizer_model is None or not settings.tokenizer_model.endswith(".model"):
-        return None
-    import sentencepiece
-
-    model: Any = sentencepiece.SentencePieceProcessor()
-    try:
-        model.load(settings.tokenizer_model)
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{settings.tokenizer_model} is not a sentencepiece model") from error
-    return int(model.get_piece_size())
+    model = settings.tokenizer_model
+    return None if model is None else tokenizer_size(model)
 
 
 def write_folder(

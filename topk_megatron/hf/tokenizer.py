@@ -53,19 +53,38 @@ def export_tokenizer(
     )
 
 
-def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict[str, int | None]:
+def tokenizer_size(model: str) -> int:
+    """Tokens of a sentencepiece file or of a Hugging Face tokenizer.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    if Path(model).is_file():
+        return int(_open_sentencepiece(Path(model)).get_piece_size())
+    try:
+        return len(_open(model))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tokenizer-model {model} cannot be opened") from error
+
+
+def _open_sentencepiece(model: Path) -> Any:
     import sentencepiece
 
-    if not model.is_file():
-        raise DataError(
-            f"the tokenizer {model} of the training run is not there; say where it is with "
-            "--tokenizer-model"
-        )
     pieces: Any = sentencepiece.SentencePieceProcessor()
     try:
         pieces.load(str(model))
     except (RuntimeError, OSError) as error:
         raise DataError(f"{model} is not a sentencepiece model") from error
+    return pieces
+
+
+def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict[str, int | None]:
+    if not model.is_file():
+        raise DataError(
+            f"the tokenizer {model} of the training run is not there; say where it is with "
+            "--tokenizer-model"
+        )
+    pieces = _open_sentencepiece(model)
     shutil.copyfile(model, directory / "tokenizer.model")
     ids = {name: getattr(pieces, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
     if ids["pad"] < 0:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def job(flags: list[str], dataset: Path, tokenizer: Path, tmp_path: Path) -> dic
     config.write_text("# tiny\n" + "\n".join(arguments[:cut] + arguments[cut + 4 :]) + "\n")
     return {
         "PROJECT": str(REPOSITORY),
-        "PYTHON": shutil.which("python") or "python",
+        "PYTHON": sys.executable,
         "RUN": str(tmp_path / "run"),
         "DATA": str(dataset),
         "TOKENIZER": str(tokenizer),

@@ -14,7 +14,7 @@ from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.evaluation.model import OpenModel
-from topk_megatron.text.sources import BadLineError, document, expand, read_records
+from topk_megatron.text.sources import read_texts
 
 _RESAMPLES = 1000
 
@@ -71,14 +71,7 @@ def read_documents(patterns: list[str], json_key: str = "text") -> list[str]:
     Raises:
         DataError: nothing matches, a bad line, or no text in it.
     """
-    texts = []
-    for path in expand(patterns):
-        for record in read_records(path):
-            try:
-                texts.append(document(record, json_key))
-            except BadLineError as error:
-                raise DataError(f"{record.path}:{record.line}: {error}") from error
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in read_texts(patterns, json_key) if text.strip()]
     if not texts:
         raise DataError(f"there is no text in {', '.join(patterns)}")
     return texts

@@ -72,8 +72,8 @@ def _head(runs: Sequence[Run], facts: Facts) -> str:
 Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256 trained on
 {tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a variant,
 measured on plays that none has seen. {os.cpu_count()} CPUs, {platform.machine()}, torch
-{torch.__version__}; training took {facts.training_seconds / 60:.0f} minutes of one core, this run of the command
-{facts.seconds / 60:.0f} minutes.
+{torch.__version__}; training took {facts.training_seconds / 60:.0f} minutes of one core, this run
+of the command {facts.seconds / 60:.0f} minutes.
 
 Square brackets are 95 % intervals: over windows of text for perplexity, over neurons for entropies,
 over neurons or samples elsewhere. Seeds are too few for an interval over them; where they are
@@ -112,8 +112,8 @@ def _neurons(variants: dict[str, list[Run]], measures: Measures) -> str:
         "## Neurons\n",
         "Mean token entropy in bits of the neurons with at least 50 activations, of all recorded",
         "layers; beside it the dense twin's, of its k largest neurons at the same k and its first",
-        "four layers. Silent: share of neurons that never fired on the recorded text. With the TopK",
-        "inside the MLP the residual stream is dense and is recorded as the twin's is.\n",
+        "four layers. Silent: share of neurons that never fired on the recorded text. With the",
+        "TopK inside the MLP the residual stream is dense and is recorded as the twin's is.\n",
         "| variant | k | token entropy | dense at this k | silent | dense, silent |",
         "|---|---|---|---|---|---|",
     ]

@@ -34,10 +34,10 @@ MODEL = (
     "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
 )
 TRAINING = (
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
+    "--micro-batch-size 4 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
     "--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 "
     "--clip-grad 1.0 --split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
-    "--pipeline-model-parallel-size 2"
+    "--use-distributed-optimizer"
 )
 VARIANTS = {
     "topk": "--topk-k 32 --topk-layers all,-2",
@@ -104,7 +104,7 @@ def train(
     if (directory / f"iter_{args.steps:07d}" / "metadata.json").exists():
         step(f"the {name} model is trained already")
         return None
-    step(f"training the {name} model: {args.steps} steps on two pipeline-parallel ranks")
+    step(f"training the {name} model: {args.steps} steps on two data-parallel ranks")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         str(REPOSITORY / "pretrain_topk_gpt.py"),

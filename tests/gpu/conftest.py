@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
 
 
+@pytest.fixture(autouse=True)
+def start_with_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has touched CUDA cannot be forked."""
+    monkeypatch.setenv("TOPK_TORCHRUN", "1")
+
+
 @pytest.fixture
 def kernels() -> None:
     """Fail, and do not skip, where the extension was not built: a GPU machine should have it."""

@@ -103,9 +103,12 @@ def _serve() -> None:
     """Fork for every line of standard input; answer with exit codes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
+    before = set(os.environ)
     _import(sys.argv[1])
+    prepared = {name: os.environ[name] for name in set(os.environ) - before}
     for line in sys.stdin:
         request = json.loads(line)
+        request["environment"] = {**prepared, **request["environment"]}
         answers.write(f"{_run(request)}\n")
         answers.flush()
 

@@ -18,10 +18,10 @@ from topk_megatron.testing.launch import REPOSITORY
 
 # One sequence of 4096 a microbatch, and a TopK at every boundary.
 COMMON = ["--seq-length", "4096", "--micro-batch-size", "1", "--topk-layers", "all"]
-GPT3 = (
-    "--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --vocab-size 51200 "
-    "--position-embedding-type rope"
-).split()
+GPT3 = [
+    *("--num-layers", "96", "--hidden-size", "12288", "--num-attention-heads", "96"),
+    *("--vocab-size", "51200", "--position-embedding-type", "rope"),
+]
 # Tensor- and pipeline-parallel sizes, chosen to cut every model into a pipeline.
 CUTS = {"1b": (1, 4), "7b": (2, 4), "70b": (8, 8), "175b": (8, 12), "500b": (8, 24)}
 

@@ -85,10 +85,8 @@ def dry_run(flags: list[str]) -> list[Stage]:
         raise ConfigError(
             "plans are made for tensor parallelism with --sequence-parallel; add the flag"
         )
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(own.ranks), LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     prepare_device()
-    with _quiet():
+    with rank_zero(own.ranks), _quiet():
         args, config = _arguments(flags)
         stages = []
         for number in range(own.pp):
@@ -234,6 +232,24 @@ def _planned_output(shape: Shape, layout: Layout, number: int) -> tuple[int, ...
     if number < layout.pp - 1:
         return _hidden(shape, layout)
     return shape.micro_batch, shape.sequence, shape.padded(layout.tp) // layout.tp
+
+
+@contextlib.contextmanager
+def rank_zero(world_size: int) -> Iterator[None]:
+    """Be the first of so many ranks; afterwards Megatron's globals are as before."""
+    before = dict(os.environ)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    try:
+        yield
+    finally:
+        from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+        from megatron.training.global_vars import destroy_global_vars
+
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -76,10 +76,11 @@ def test_megatron_builds_what_the_plan_counts(flags: list[str], layout: list[str
 
 
 def test_biases_gpts_activation_and_learned_positions_are_counted_too() -> None:
-    flags = (
+    text = (
         "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --vocab-size 300 "
         "--max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 8 --topk-layers 0"
-    ).split()
+    )
+    flags = text.split()
     (stage,) = dry_run([*flags, *TRAINING])
     assert stage.parameters == shape_of(flags).parameters
     dry_run([*flags, *TRAINING, *MANY_RANKS])

@@ -86,10 +86,11 @@ def test_few_microbatches_never_fill_the_pipeline(small: Callable[..., Shape]) -
 
 
 def test_saved_inputs_take_what_the_saver_takes() -> None:
-    shape = shape_of(
+    flags = (
         "--num-layers 4 --hidden-size 2048 --num-attention-heads 8 --seq-length 8 --vocab-size 128 "
-        "--max-position-embeddings 8 --topk-k 128".split()
+        "--max-position-embeddings 8 --topk-k 128"
     )
+    shape = shape_of(flags.split())
     layout = Layout(tp=1, pp=1, dp=1, recompute=True)
     saver = SparseSaver(Verifier(None))
     x = torch.randn(8, 1, 2048, dtype=torch.bfloat16, requires_grad=True)

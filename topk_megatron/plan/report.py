@@ -30,12 +30,17 @@ def describe(shape: Shape, cluster: Cluster, found: Found, rows: int, own: Layou
         *_question(shape, cluster),
         "",
         f"  {'TP':>3} {'PP':>3} {'DP':>5}  {'recompute':<9} {'sparse':<10} "
-        f"{'GB a GPU':>8} {'s a step':>9} {'tokens/s':>11} {'MFU':>6}",
+        f"{'GB a GPU':>8} {'s a step':>9} {'tokens/s':>11} {'MFU':>6}  loses most by",
     ]
-    lines += [_row(shape, cluster, estimate, own) for estimate in found.fitting[:rows]]
+    best = found.fitting[0]
+    for one in found.fitting[:rows]:
+        row = _row(shape, cluster, one)
+        notes = ["best" if one is best else loss(best, one)]
+        notes += ["the file's own"] if own is not None and _same_cut(one.layout, own) else []
+        lines.append(f"{row}  {', '.join(notes)}")
     if len(found.fitting) > rows:
         lines.append(f"    and {len(found.fitting) - rows} slower ones that fit")
-    return "\n".join([*lines, "", *details(shape, found.fitting[0]), *_rejections(found)])
+    return "\n".join([*lines, "", *details(shape, best), *_rejections(found)])
 
 
 def details(shape: Shape, estimate: Estimate) -> list[str]:
@@ -45,13 +50,14 @@ def details(shape: Shape, estimate: Estimate) -> list[str]:
     lines = [
         f"best: {estimate.layout.words()}; {estimate.layout.microbatches(shape)} microbatches a "
         "step and replica",
-        f"  memory of a GPU of the fullest stage ({memory.stage}), GB: weights "
-        f"{memory.weights / _GB:.2f}, gradients {memory.gradients / _GB:.2f}, optimizer "
-        f"{memory.optimizer / _GB:.2f}, activations {memory.dense / _GB:.2f} dense and "
-        f"{memory.sparse / _GB:.2f} with sparse saving",
-        f"  sent by the busiest GPU in a step, GB: tensor parallel {traffic.tensor / _GB:.2f}, "
-        f"pipeline {traffic.pipeline_dense / _GB:.2f} dense and "
-        f"{traffic.pipeline_sparse / _GB:.2f} sparse, data parallel {traffic.data / _GB:.2f}",
+        f"  GB in a GPU of stage {memory.stage}, the fullest: weights {memory.weights / _GB:.2f}, "
+        f"gradients {memory.gradients / _GB:.2f}, optimizer {memory.optimizer / _GB:.2f}",
+        f"    activations {memory.dense / _GB:.2f} dense, {memory.sparse / _GB:.2f} with sparse "
+        "saving",
+        f"  GB that the busiest GPU sends in a step: tensor parallel {traffic.tensor / _GB:.2f}, "
+        f"data parallel {traffic.data / _GB:.2f}",
+        f"    pipeline {traffic.pipeline_dense / _GB:.2f} dense, "
+        f"{traffic.pipeline_sparse / _GB:.2f} sparse",
         f"  seconds of a step: {step}",
     ]
     if shape.iterations is not None:
@@ -60,6 +66,14 @@ def details(shape: Shape, estimate: Estimate) -> list[str]:
         lasts = f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
         lines.append(f"  {shape.iterations:,} steps, {trained} tokens: {lasts}")
     return lines
+
+
+def loss(best: Estimate, other: Estimate) -> str:
+    """Where another layout loses most of its time to the best."""
+    parts = asdict(best.time)
+    more = {name: seconds - parts[name] for name, seconds in asdict(other.time).items()}
+    name = max(more, key=lambda part: more[part])
+    return f"{name} +{more[name]:.2g} s" if more[name] > 0 else "nothing"
 
 
 def short(count: float) -> str:
@@ -102,20 +116,19 @@ def _question(shape: Shape, cluster: Cluster) -> list[str]:
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, "
         f"{cluster.memory / _GB:.0f} of {cluster.gpu.memory / _GB:.0f} GB usable; "
         f"{cluster.inside / _GB:g} GB/s a GPU inside a node, {cluster.between / _GB:g} between",
-        f"ESTIMATES: kernels at {cluster.efficiency:.0%} of the peak, by assumption; nothing was "
-        "measured (--assumptions lists every assumption)",
+        f"ESTIMATES with kernels at {cluster.efficiency:.0%} of the peak, an assumption "
+        "(--assumptions lists all); nothing was measured",
     ]
 
 
-def _row(shape: Shape, cluster: Cluster, estimate: Estimate, own: Layout | None) -> str:
+def _row(shape: Shape, cluster: Cluster, estimate: Estimate) -> str:
     layout, time = estimate.layout, estimate.time
-    note = "  the file's own" if own is not None and _same_cut(layout, own) else ""
     return (
         f"  {layout.tp:>3} {layout.pp:>3} {layout.dp:>5}  "
         f"{'full' if layout.recompute else 'none':<9} {_sparse(layout):<10} "
         f"{estimate.bytes / _GB:>8.1f} {time.total:>9.3g} "
         f"{estimate.tokens_per_second(shape):>11,.0f} "
-        f"{estimate.utilization(shape, cluster):>6.1%}{note}"
+        f"{estimate.utilization(shape, cluster):>6.1%}"
     )
 
 
@@ -135,7 +148,8 @@ def _rejections(found: Found) -> Iterator[str]:
         of_kind = [one for one in found.rejected if one.kind == kind]
         if of_kind:
             nearest: Rejected = min(of_kind, key=lambda one: one.excess)
-            yield f"  {len(of_kind):>3} {words}; the nearest: {nearest.words}: {nearest.detail}"
+            which = "the nearest" if kind == "memory" else "such as"
+            yield f"  {len(of_kind):>3} {words}; {which} {nearest.words}: {nearest.detail}"
 
 
 def _values(shape: Shape, cluster: Cluster, estimate: Estimate) -> dict[str, Any]:

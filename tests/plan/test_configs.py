@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from benchmarks.plan_memory import megatron_arguments
 from tests.plan.conftest import LADDER, config_flags
 from topk_megatron.device import prepare_device
+from topk_megatron.plan import flags as flags_module
 from topk_megatron.plan.assumptions import cluster_of
 from topk_megatron.plan.dry_run import rank_zero
 from topk_megatron.plan.flags import layout_in, shape_of
 from topk_megatron.plan.report import short
 from topk_megatron.plan.search import estimate, search, tensor_obstacle
 from topk_megatron.testing.launch import REPOSITORY, pretrain
+from topk_megatron.train.arguments import add_topk_arguments
 
 # Nodes and GPUs of a node that the comment at the top of each file names.
 HARDWARE = {
@@ -50,8 +53,9 @@ def test_comment_tells_the_truth(name: str) -> None:
     assert f"{shape.layers} layers, H {shape.hidden}, vocabulary {shape.vocabulary:,}" in text
     tokens = re.search(r"tokens +([\d.]+) (b|tr)illion \(([\d,]+) steps of .*\), (\d+) a", text)
     assert tokens is not None
-    assert shape.iterations == int(tokens[3].replace(",", ""))
-    trained = shape.iterations * shape.tokens
+    steps = int(tokens[3].replace(",", ""))
+    assert steps == shape.iterations
+    trained = steps * shape.tokens
     assert float(tokens[1]) * {"b": 1e9, "tr": 1e12}[tokens[2]] == pytest.approx(trained, rel=0.05)
     assert int(tokens[4]) == pytest.approx(trained / shape.parameters, abs=1)
     layout = layout_in(config_flags(name))
@@ -98,6 +102,17 @@ def test_megatron_reads_what_the_planner_reads(name: str) -> None:
         *(shape.sequence, shape.iterations, shape.micro_batch, shape.global_batch),
         layout_in(config_flags(name), nodes * gpus_per_node).dp,
     )
+
+
+def test_flags_that_the_planner_names_are_megatrons() -> None:
+    prepare_device()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_topk_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert set(flags_module._REFUSED) | set(flags_module._LAYOUT_FLAGS) <= known
+    named = {f"--{name}" for name in (*flags_module._NUMBERS, *flags_module._SWITCHES)}
+    assert named <= known
 
 
 @pytest.mark.parametrize("name", LADDER)

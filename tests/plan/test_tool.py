@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,12 +72,27 @@ def test_json_holds_every_layout_and_reason() -> None:
     assert len(plan["assumptions"]) > 10
 
 
-def test_model_can_be_given_as_flags_that_win_over_the_file() -> None:
-    done = run_tool("plan.py", "--json", "--", *SMALL)
-    assert json.loads(done.stdout)["parameters"] == shape_of(SMALL).parameters
-    done = run_tool("plan.py", "configs/1b.args", "--json", "--", "--num-layers", "12")
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command in this process, from the repository's root."""
+    main = runpy.run_path(str(REPOSITORY / "tools" / "plan.py"))["main"]
+
+    def call(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+        main()
+
+    monkeypatch.chdir(REPOSITORY)
+    return call
+
+
+def test_model_can_be_given_as_flags_that_win_over_the_file(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--json", "--", *SMALL)
+    assert json.loads(capsys.readouterr().out)["parameters"] == shape_of(SMALL).parameters
+    command("configs/1b.args", "--json", "--", "--num-layers", "12")
     changed = shape_of([*config_flags("1b"), "--num-layers", "12"])
-    assert json.loads(done.stdout)["parameters"] == changed.parameters
+    assert json.loads(capsys.readouterr().out)["parameters"] == changed.parameters
 
 
 @pytest.mark.parametrize(
@@ -87,11 +105,32 @@ def test_model_can_be_given_as_flags_that_win_over_the_file() -> None:
         (["configs/1b.args", "--", "--num-experts", "8"], "error: --num-experts is not planned"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(words: list[str], complaint: str) -> None:
-    done = run_tool("plan.py", *words)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_mistakes_are_one_line_and_exit_code_2(
+    command: Callable[..., None],
+    words: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(*words)
+    assert exit.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith(complaint)
+
+
+def test_plans_are_made_without_megatron() -> None:
+    script = (
+        "import runpy, sys; sys.modules['megatron'] = None; "
+        "sys.argv = ['plan.py', 'configs/1b.args']; "
+        "runpy.run_path('tools/plan.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the file's own" in done.stdout
 
 
 def fake_slurm(directory: Path) -> Path:

@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Stage:
     output: tuple[int, ...]
 
 
-def dry_run(flags: list[str]) -> list[Stage]:
+def dry_run(flags: Sequence[str]) -> list[Stage]:
     """Build and check all stages of the layout that `flags` ask for, with one replica.
 
     Args:
@@ -145,7 +145,7 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _arguments(flags: list[str]) -> tuple[Any, TopKConfig]:
+def _arguments(flags: Sequence[str]) -> tuple[Any, TopKConfig]:
     """Megatron's arguments and the TopK settings, through the checks of a training run."""
     from topk_megatron.train.main import parse
 

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +60,7 @@ def read_flags(path: Path) -> list[str]:
     return shlex.split(text, comments=True)
 
 
-def shape_of(flags: list[str]) -> Shape:
+def shape_of(flags: Sequence[str]) -> Shape:
     """The model that flags of pretraining describe; flags that do not bear on it are passed over.
 
     Raises:
@@ -81,7 +81,7 @@ def shape_of(flags: list[str]) -> Shape:
     return _build(parsed)
 
 
-def layout_in(flags: list[str], gpus: int | None = None) -> Layout:
+def layout_in(flags: Sequence[str], gpus: int | None = None) -> Layout:
     """The layout that the flags themselves ask for.
 
     Args:
@@ -124,7 +124,7 @@ def layout_flags(layout: Layout) -> list[str]:
     return flags
 
 
-def without_layout(flags: list[str]) -> list[str]:
+def without_layout(flags: Sequence[str]) -> list[str]:
     """The flags of an argument file less those that a plan chooses."""
     kept: list[str] = []
     for group in grouped(flags):
@@ -151,7 +151,7 @@ def grouped(words: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _parse(flags: list[str]) -> Any:
+def _parse(flags: Sequence[str]) -> Any:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _raise_usage  # pyright: ignore[reportAttributeAccessIssue]
     for name in _NUMBERS:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from tests.plan.conftest import SMALL, config_flags
 from topk_megatron.errors import ConfigError
-from topk_megatron.plan.dry_run import check_stage, dry_run, stage_table
+from topk_megatron.plan.dry_run import check_shard, check_stage, dry_run, stage_table
 from topk_megatron.plan.flags import layout_in, shape_of
 from topk_megatron.testing.launch import REPOSITORY
 
@@ -106,6 +107,17 @@ def test_stage_that_is_not_as_planned_is_named() -> None:
     with pytest.raises(ConfigError, match=r"layers\.3\.mlp\.linear_fc1\.weight is None"):
         check_stage(shape, layout, replace(stage, shapes=lacking))
     assert "6 of 8" in stage_table([stage])
+
+
+def test_parameter_that_is_split_the_wrong_way_is_named() -> None:
+    parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0)
+    check_shard("decoder.layers.0.mlp.linear_fc1.weight", parameter)
+    with pytest.raises(
+        ConfigError, match=r"linear_fc2\.weight is split .* dimension 0, expected 1"
+    ):
+        check_shard("decoder.layers.0.mlp.linear_fc2.weight", parameter)
+    with pytest.raises(ConfigError, match="dimension None, expected 0"):
+        check_shard("output_layer.weight", SimpleNamespace())
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,26 @@ def test_replicas_of_a_node_share_its_ports() -> None:
     assert cluster.seconds(1e9, inside=False, ports=100) == cluster.seconds(1e9, inside=True)
 
 
+def test_packing_costs_its_passes_and_launches(small: Callable[..., Shape]) -> None:
+    shape, layout, cluster = small(), Layout(tp=1, pp=2, dp=8), h100s(2)
+    dense, messages = 2 * 64 * 64, message_bytes(shape, layout, 0, sparse=True)
+    packing = 2 * (4 * dense / (0.6 * 3.35e12) + 50e-6)
+    expected = sum(messages) / (LINK_EFFICIENCY.value * 50e9) + packing
+    assert transport_seconds(shape, layout, cluster, sparse=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("link", "is_hidden"), [("xdr", True), ("eth100", False)])
+def test_data_parallel_traffic_hides_behind_one_microbatch(link: str, is_hidden: bool) -> None:
+    shape, layout, cluster = shape_of(config_flags("1b")), Layout(tp=1, pp=1, dp=32), h100s(4, link)
+    traffic = traffic_of(shape, layout)
+    time = step_time(shape, layout, cluster, traffic)
+    microbatch = (time.compute + time.topk) / layout.microbatches(shape)
+    node = 8 * cluster.between * LINK_EFFICIENCY.value  # a ring leaves a node by all its ports
+    late = traffic.gradients / node - 2 / 3 * microbatch, traffic.weights / node - microbatch / 3
+    assert time.data == pytest.approx(sum(max(0.0, seconds) for seconds in late))
+    assert (time.data == 0) == is_hidden
+
+
 def test_recompute_costs_a_third_more_of_the_layers(small: Callable[..., Shape]) -> None:
     shape, cluster = small(), h100s(1)
     plain, again = (

@@ -198,7 +198,7 @@ def _describe(model: Any, number: int, output: tuple[int, ...]) -> Stage:
     real = [name for name, parameter in parameters.items() if not parameter.is_meta]
     assert not real, f"allocated: {real}"
     for name, parameter in parameters.items():
-        _check_shard(name, parameter)
+        check_shard(name, parameter)
     layers = [(layer.layer_number - 1, layer) for layer in model.decoder.layers]
     return Stage(
         number=number,
@@ -212,7 +212,7 @@ def _describe(model: Any, number: int, output: tuple[int, ...]) -> Stage:
     )
 
 
-def _check_shard(name: str, parameter: Any) -> None:
+def check_shard(name: str, parameter: Any) -> None:
     """Whether Megatron will treat the parameter as one that tensor-parallel ranks share."""
     planned = next((dim for end, dim in _SHARDED.items() if name.endswith(end)), None)
     is_shared = getattr(parameter, "tensor_model_parallel", False)

@@ -16,8 +16,11 @@ from topk_megatron.plan.step_time import compute_seconds, transport_seconds
 from topk_megatron.plan.traffic import message_bytes
 from topk_megatron.testing.launch import REPOSITORY
 
-# One sequence of 4096 a microbatch, and a TopK at every boundary.
-COMMON = ["--seq-length", "4096", "--micro-batch-size", "1", "--topk-layers", "all"]
+# One sequence of 4096 a microbatch, a TopK at every boundary, no dropout.
+COMMON = [
+    *("--seq-length", "4096", "--micro-batch-size", "1"),
+    *("--topk-layers", "all", "--hidden-dropout", "0"),
+]
 GPT3 = [
     *("--num-layers", "96", "--hidden-size", "12288", "--num-attention-heads", "96"),
     *("--vocab-size", "51200", "--position-embedding-type", "rope"),

@@ -112,8 +112,21 @@ def test_what_a_stage_received_is_sparse_only_if_it_was_sent_sparsely(
         packed = [
             input_bytes(shape, layout, layer, sparse=True) < 2 * shape.hidden for layer in range(8)
         ]
-        # Layer 0 reads the embedding, 4 is received, 7 reads a dense layer.
-        assert packed == [False, True, True, True, sparse_p2p, True, True, False]
+        # Layer 0 looks the embedding up again, 4 is received, 7 reads a dense layer.
+        assert packed == [True, True, True, True, sparse_p2p, True, True, False]
+
+
+def test_embedding_is_kept_as_ids_unless_dropout_would_draw_anew(
+    small: Callable[..., Shape],
+) -> None:
+    layout = Layout(tp=2, pp=1, dp=1, recompute=True, sparse_save=True)
+    ids = torch.zeros(2, 32, dtype=torch.long)  # whole on both ranks, and the positions too
+    kept = layout.tokens(small()) * input_bytes(small(), layout, 0, sparse=True)
+    assert kept == 2 * ids.nbytes
+    drawn = small("--hidden-dropout", "0.1")
+    assert input_bytes(drawn, layout, 0, sparse=True) == 2 * drawn.hidden
+    dense = small("--topk-layers", "none")
+    assert input_bytes(dense, layout, 0, sparse=True) == 2 * dense.hidden
 
 
 def test_fullest_stage_is_the_maximum_over_all(small: Callable[..., Shape]) -> None:

@@ -14,7 +14,8 @@ parameters of a rank, H, F, A, G, D as in `topk_megatron.plan.shape`):
         H / 8    the selection of a TopK
     under full recompute its input alone, 2 H, and one layer's whole while it is computed again
 
-    sparse: an input that is a TopK output takes what its message takes (`parallel.wire`)
+    sparse: an input that is a TopK output takes what its message takes (`parallel.wire`), the
+    embedding's output its token ids
 
     in flight on stage i of p: min(m, p - i) microbatches; output layer on the last stage: 6 V + 4 H
     a token and rank (logits in bfloat16 and float32, inputs of the final norm and of the layer)
@@ -32,6 +33,7 @@ from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.shape import Shape
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes a parameter
+_IDS = 16  # bytes of a token's id and position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,12 @@ def layer_bytes(shape: Shape, layer: int) -> float:
 def input_bytes(shape: Shape, layout: Layout, layer: int, *, sparse: bool) -> float:
     """Bytes a token of a layer's input as it is kept.
 
-    What the first layer of a stage received stays dense unless it was sent sparsely.
+    What the first layer of a stage received stays dense unless it was sent sparsely. What the
+    embedding gave is looked up again, unless there is dropout: every rank keeps ids and positions.
     """
     wire = wire_of(shape)
+    if sparse and layer == 0 and shape.topk.residual_layers and not shape.dropout:
+        return _IDS * layout.tp
     first_of_stage = layer % (shape.layers // layout.pp) == 0
     is_packed = layer - 1 in shape.topk.residual_layers
     if first_of_stage and not layout.sparse_p2p:

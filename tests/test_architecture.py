@@ -24,6 +24,7 @@ ALLOWED = {
     "train": {
         *("config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text")
     },
+    "plan": {"config", "device", "errors", "model", "parallel", "train"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
     "evaluation": {"errors", "hf", "text"},
     "analysis": {"config", "errors", "hf", "ops", "text"},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import Measures, entropy, entropy_difference, gap, k_of, score
+from compare import Measures, entropy, entropy_difference, gap, score
 from grid import Run
 
 from topk_megatron.analysis.measures import Interval
@@ -83,7 +83,7 @@ def _tasks(variants: dict[str, list[Run]], measures: Measures) -> Row:
 
 
 def _entropy(variants: dict[str, list[Run]], measures: Measures) -> Row:
-    k = k_of(variants["topk"][0])
+    k = variants["topk"][0].k
     found = entropy_difference(variants["topk"], variants["dense"], measures, k)
     means = [text_of(entropy(variants[name], measures, k)) for name in ("topk", "dense")]
     return Row(

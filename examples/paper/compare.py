@@ -114,11 +114,6 @@ def score(runs: Sequence[Run], measures: Measures, task: str) -> tuple[float, fl
     return float(np.mean([entry["acc"] for entry in entries])), error
 
 
-def k_of(run: Run) -> int:
-    """k of a TopK run."""
-    return int(run.flag("--topk-k"))
-
-
 def seeds_text(values: Sequence[float]) -> str:
     """The values of single seeds, for a table."""
     return " / ".join(f"{value:+.1f}" for value in values[: len(SEEDS)])

@@ -70,7 +70,7 @@ def _trajectory(run: Run) -> Path:
 def _commands(
     topk: Run, dense: Run, dataset: Path, study: Path, amounts: Amounts
 ) -> list[list[str]]:
-    k = topk.flag("--topk-k")
+    k = topk.k
     where = ("--corpus", dataset, "--study", study, f"--documents={HELD_OUT}")
     tokens = (*where, "--max-tokens", amounts.tokens)
     models = {run.variant: ("--model", folder_of(run)) for run in (topk, dense)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
+K_OF_CENTRE = 16  # of H = 256
 # What --fast trains: enough for every table to have a row, in minutes.
 FAST_VARIANTS = ("dense", "topk", "anneal", "mlp")
 FAST_STEPS = 24
@@ -40,6 +41,11 @@ class Run:
         """Value of a flag, the last one where it is given twice."""
         place = len(self.flags) - 1 - self.flags[::-1].index(name)
         return self.flags[place + 1]
+
+    @property
+    def k(self) -> int:
+        """Survivors on the residual stream; where that is dense, how many are recorded."""
+        return int(self.flag("--topk-k")) if "--topk-k" in self.flags else K_OF_CENTRE
 
     @property
     def steps(self) -> int:

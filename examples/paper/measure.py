@@ -59,7 +59,7 @@ def recordings(run: Run) -> dict[int, str]:
     """Names of a run's recordings by k."""
     if run.variant == "dense":
         return {k: f"{run.directory.name}-k{k}" for k in K_OF_DENSE}
-    return {int(run.flag("--topk-k")): run.directory.name}
+    return {run.k: run.directory.name}
 
 
 def folder_of(run: Run) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from compare import Measures, entropy, gap, k_of, layers_of
+from compare import Measures, entropy, gap, layers_of
 from grid import Run
 
 mpl.use("Agg")
@@ -34,7 +34,7 @@ def plot_gaps(variants: Variants, measures: Measures, path: Path) -> None:
 
 def plot_entropy(variants: Variants, measures: Measures, path: Path) -> None:
     """Mean token entropy by layer, with intervals."""
-    k = k_of(variants["topk"][0])
+    k = variants["topk"][0].k
     figure, axes = plt.subplots(figsize=(6, 3.6), dpi=150)
     for name, colour, shift in (("topk", TOPK, -0.04), ("dense", DENSE, 0.04)):
         layers = layers_of(variants[name], measures, k)

@@ -12,7 +12,6 @@ from compare import (
     by_variant,
     entropy,
     gap,
-    k_of,
     layers_of,
     score,
     seeds_text,
@@ -67,9 +66,10 @@ def _head(runs: Sequence[Run], facts: Facts) -> str:
     tokens = int(runs[0].flag("--train-iters")) * int(runs[0].flag("--global-batch-size"))
     tokens *= int(runs[0].flag("--seq-length"))
     seeds = len({run.seed for run in runs})
+    warning = "" if "fast" not in facts.command else _FAST_WARNING
     return f"""# The paper at laptop scale: results
 
-Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256 trained on
+{warning}Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256 trained on
 {tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a variant,
 measured on plays that none has seen. {os.cpu_count()} CPUs, {platform.machine()}, torch
 {torch.__version__}; training took {facts.training_seconds / 60:.0f} minutes of one core, this run
@@ -78,6 +78,12 @@ of the command {facts.seconds / 60:.0f} minutes.
 Square brackets are 95 % intervals: over windows of text for perplexity, over neurons for entropies,
 over neurons or samples elsewhere. Seeds are too few for an interval over them; where they are
 listed, their spread is part of the result.
+"""
+
+
+_FAST_WARNING = """**A few steps of training only: the page shows that every part runs, and no number or
+verdict on it means anything.**
+
 """
 
 
@@ -120,7 +126,7 @@ def _neurons(variants: dict[str, list[Run]], measures: Measures) -> str:
     for name, runs in variants.items():
         if name == "dense":
             continue
-        k = k_of(runs[0])
+        k = runs[0].k
         own, twin = (entropy(some, measures, k) for some in (runs, variants["dense"]))
         shares = [100 * silent(some, measures, k) for some in (runs, variants["dense"])]
         lines.append(
@@ -131,7 +137,7 @@ def _neurons(variants: dict[str, list[Run]], measures: Measures) -> str:
 
 
 def _layers(variants: dict[str, list[Run]], measures: Measures) -> str:
-    k = k_of(variants["topk"][0])
+    k = variants["topk"][0].k
     lines = [
         "## Token entropy by layer\n",
         "![Token entropy by layer, TopK and dense](images/entropy.png)\n",

@@ -36,7 +36,7 @@ format: setup  ## rewrite the sources as ruff wants them
 	@$(python) -m ruff check --fix .
 
 bench: setup  ## the benchmarks; each prints a table with machine, versions, medians and ratios
-	@for script in topk_mask.py train_step.py record.py report.py scaling_model.py "parallel.py bytes"; do \
+	@for script in topk_mask.py train_step.py record.py report.py scaling_model.py plan_memory.py "parallel.py bytes"; do \
 		echo "== $$script"; $(python) benchmarks/$$script || exit 1; done
 
 clean:  ## remove what make made (kernels, caches, runs/quickstart), but for .venv

@@ -69,9 +69,9 @@ def _head(runs: Sequence[Run], facts: Facts) -> str:
     warning = "" if "fast" not in facts.command else _FAST_WARNING
     return f"""# The paper at laptop scale: results
 
-{warning}Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256 trained on
-{tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a variant,
-measured on plays that none has seen. {os.cpu_count()} CPUs, {platform.machine()}, torch
+{warning}Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256
+trained on {tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a
+variant, measured on plays that none has seen. {os.cpu_count()} CPUs, {platform.machine()}, torch
 {torch.__version__}; training took {facts.training_seconds / 60:.0f} minutes of one core, this run
 of the command {facts.seconds / 60:.0f} minutes.
 
@@ -81,8 +81,8 @@ listed, their spread is part of the result.
 """
 
 
-_FAST_WARNING = """**A few steps of training only: the page shows that every part runs, and no number or
-verdict on it means anything.**
+_FAST_WARNING = """**A few steps of training only: the page shows that every part runs, and no
+number or verdict on it means anything.**
 
 """
 

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 from compare import Measures, entropy, gap, layers_of
 from grid import Run
+from matplotlib.ticker import MaxNLocator
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,7 +48,7 @@ def plot_entropy(variants: Variants, measures: Measures, path: Path) -> None:
         axes.errorbar(places, values[1], errors, fmt="o-", color=colour, capsize=3, label=label)
     axes.set_xlabel("layer")
     axes.set_ylabel("token entropy, bits")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     _finish(figure, axes, path)
 

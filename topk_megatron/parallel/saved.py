@@ -173,6 +173,7 @@ class _Memory:
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.address = x.shape, x.dtype, x.data_ptr()
+        self.packed: PackedActivation | EmbeddedTokens | None = None
         self._storage = StorageWeakRef(x.untyped_storage())
         self._version = x._version
 
@@ -195,7 +196,6 @@ class _Known(_Memory):
     ) -> None:
         super().__init__(x)
         self.k, self.bits, self.indices = k, bits, indices
-        self.packed: PackedActivation | None = None
 
     def pack(self, x: Tensor, verifier: Verifier) -> PackedActivation:
         return PackedActivation(self, x, verifier)
@@ -207,7 +207,6 @@ class _Embedded(_Memory):
     def __init__(self, x: Tensor, lookup: Callable[[], Tensor], nbytes: int) -> None:
         super().__init__(x)
         self._lookup, self._nbytes = lookup, nbytes
-        self.packed: EmbeddedTokens | None = None
 
     def pack(self, x: Tensor, verifier: Verifier) -> EmbeddedTokens:
         return EmbeddedTokens(self._lookup, self._nbytes, x, verifier)

@@ -3,7 +3,7 @@ python := .venv/bin/python
 # Test files that run side by side; each distributed test starts up to four ranks of its own.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart paper paper-fast test test-fast lint format bench clean
+.PHONY: help setup quickstart paper paper-fast docs test test-fast lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ paper: setup  ## the paper's experiments at laptop scale: about an hour, resumab
 
 paper-fast: setup  ## the same with four variants and a few steps, to see that every part works
 	@$(python) examples/paper/run.py --fast
+
+docs: setup  ## the documentation as a site in build/site, warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 test: setup  ## the whole test suite, two files at a time (pass options with ARGS=...)
 	@$(python) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)

@@ -3,23 +3,23 @@
 A command line of this project spends seconds on imports, and tests start hundreds of them. Each
 fork is a process of its own: it has its own arguments, environment, working directory and output,
 ends by itself, and leaves nothing to its siblings. What a fork cannot show is a script that does
-not import, so that each script is also started plainly somewhere; the ranks of a job get the
-variables that torchrun sets, and tests of the launcher, of restarts and of signals use torchrun
-itself.
+not import, so that each script is also started plainly somewhere. The ranks of a job are started by
+torchrun's own agent; tests of restarts and of signals use its command.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def run_forked(
         script: the script.
         arguments: of its command line.
         preload: one of `PRELOADS`.
-        ranks: processes of a distributed job; 0 is no job. When one fails the others are killed.
+        ranks: processes of a distributed job, under torchrun's agent; 0 is no job.
         environment: added to that of this process.
         timeout: seconds until it is killed.
 
@@ -104,7 +104,9 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
     before = set(os.environ)
-    _import(sys.argv[1])
+    with contextlib.redirect_stdout(sys.stderr):  # logging keeps the stream that it finds
+        _import(sys.argv[1])
+    sys.stderr.flush()  # or every fork would print what is left in the buffer
     prepared = {name: os.environ[name] for name in set(os.environ) - before}
     for line in sys.stdin:
         request = json.loads(line)
@@ -114,45 +116,22 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> int:
-    """Run a command or a job; returns the exit code of the first process that failed, or 0."""
-    environments = [request["environment"]]
-    if request["ranks"]:
-        environments = [{**environments[0], **more} for more in _rank_variables(request["ranks"])]
-    children = set()
-    for environment in environments:
-        child = os.fork()
-        if child == 0:
-            _be(request, environment)
-        children.add(child)
+    """Run a command or a job; returns its exit code."""
+    child = os.fork()
+    if child == 0:
+        _be(request)
     deadline = time.monotonic() + request["timeout"]
-    code = 0
-    while children and code == 0:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            children.discard(child)
-            code = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > deadline:
-            code = _TIMED_OUT
-        else:
-            time.sleep(0.01)
-    for child in children:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return code
-
-
-def _rank_variables(ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each rank."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
-    return [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return _TIMED_OUT
 
 
 def _import(preload: str) -> None:
-    import torch  # noqa: F401
     import transformers  # noqa: F401
 
     if preload == "megatron":
@@ -166,7 +145,7 @@ def _import(preload: str) -> None:
         import topk_megatron.train.resume  # noqa: F401
 
 
-def _be(request: dict[str, Any], environment: dict[str, str]) -> None:
+def _be(request: dict[str, Any]) -> None:
     """In the fork: become the command; never returns."""
     code = 1
     try:
@@ -175,11 +154,12 @@ def _be(request: dict[str, Any], environment: dict[str, str]) -> None:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(request["environment"])
         os.chdir(REPOSITORY)
-        sys.argv = request["argv"]
-        sys.path[0] = str(Path(sys.argv[0]).parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if request["ranks"]:
+            _launch(request["argv"], request["ranks"])
+        else:
+            _main(request["argv"])
         code = 0
     except SystemExit as ended:
         code = _code_of(ended)
@@ -189,6 +169,31 @@ def _be(request: dict[str, Any], environment: dict[str, str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _main(argv: list[str]) -> None:
+    sys.argv = argv
+    sys.path[0] = str(Path(argv[0]).parent)
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _launch(argv: list[str], ranks: int) -> None:
+    """What torchrun does, but that the agent forks the ranks instead of starting a program."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+    elastic_launch(config, _main)(argv)
 
 
 def _code_of(ended: SystemExit) -> int:

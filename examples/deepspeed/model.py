@@ -1,6 +1,6 @@
-"""A TopK LM's folder: opened for training, and written again after it.
+"""A TopK LM's folder: opened for training, and written again after it, weight by weight.
 
-Weights move one at a time in both directions. Under ZeRO-3 no rank ever holds the whole model.
+Under ZeRO-3 no GPU ever holds the whole model; rank 0 reads it into the memory of its node.
 """
 
 import json
@@ -17,7 +17,7 @@ from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.hf.export import check_config
 from topk_megatron.hf.folder import new_folder
 from topk_megatron.hf.shards import INDEX, ShardWriter, TensorPlan, plan_shards
-from topk_megatron.hf.weights import FolderWeights, read_json
+from topk_megatron.hf.weights import read_json
 
 RECORD = "deepspeed_training.json"
 _SHARD_BYTES = 2 * 2**30
@@ -68,26 +68,20 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def open_model(folder: Path, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    """The model with its weights; in parts over the ranks if DeepSpeed's settings say ZeRO-3."""
-    if settings["zero_optimization"]["stage"] < 3:
-        from topk_megatron.evaluation.model import open_model as open_whole
+def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
+    """The model with its weights; in parts over the ranks if DeepSpeed's settings say ZeRO-3.
 
-        return open_whole(folder, dtype=str(dtype).removeprefix("torch.")).model
-    import deepspeed
-    from transformers import AutoConfig, AutoModelForCausalLM
+    Raises:
+        CheckpointError: the folder cannot be opened, or its weights do not fit its configuration.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
 
-    config = AutoConfig.from_pretrained(folder, **_OFFLINE)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=dtype)
-    weights = FolderWeights(folder)
-    parameters = dict(model.named_parameters())
-    if lost := sorted(set(parameters) - weights.names):
-        raise CheckpointError(f"{folder} does not hold {lost[0]}; export it again")
-    for name, parameter in parameters.items():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if deepspeed.comm.get_rank() == 0:
-                parameter.data.copy_(weights.read(name))
+    from topk_megatron.evaluation.model import open_model as open_folder
+
+    # While this object lives, transformers splits what it opens if the settings ask for it.
+    splitting = HfDeepSpeedConfig(settings)
+    model = open_folder(folder, dtype=dtype).model
+    del splitting
     return model
 
 

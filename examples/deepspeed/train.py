@@ -26,7 +26,7 @@ from model import buffers_kept, check_folder, open_model, open_tokenizer, write_
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import CheckpointError, ConfigError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 REQUIRED = ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "zero_optimization")
 ALONE = {
     "RANK": "0",
@@ -259,7 +259,7 @@ def main() -> None:
     args.save.mkdir(parents=True, exist_ok=True)
     if torch.distributed.get_rank() == 0:
         print(f"data: {said}", flush=True)
-    model = open_model(args.model, DTYPES[args.dtype], settings).train()
+    model = open_model(args.model, args.dtype, settings).train()
     with buffers_kept(model):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=list(model.parameters()), config=settings

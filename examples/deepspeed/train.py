@@ -123,7 +123,8 @@ class Trainer:
         engine: DeepSpeed's.
         batches: the data.
         args: the command line.
-        identity: what must be equal in a run that goes on from this one's checkpoints.
+        identity: what must be equal in a run that goes on from this one's checkpoints, as
+            `check_same_run` has it.
     """
 
     def __init__(
@@ -137,21 +138,13 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the last checkpoint, if there is one; returns the steps that are done."""
-        path = self.args.save / "run.json"
+        done = 0
         if (self.checkpoints / "latest").is_file():
-            before = json.loads(path.read_text())
-            for name, value in self.identity.items():
-                if before[name] != value:
-                    raise CheckpointError(
-                        f"{self.checkpoints} is of a run with {name}={before[name]}, this one has "
-                        f"{value}; use the same, or another --save"
-                    )
             _, state = self.engine.load_checkpoint(str(self.checkpoints))
             done = int(state["step"])
-        else:
-            done = 0
-            if self.first:
-                path.write_text(json.dumps(self.identity, indent=2) + "\n")
+        elif self.first:
+            text = json.dumps(self.identity, indent=2)
+            (self.args.save / "run.json").write_text(text + "\n")
         if self.first:
             lines = self.log.read_text().splitlines(keepends=True) if done else []
             self.log.write_text("".join(lines[:done]))  # what came after the checkpoint is redone
@@ -233,6 +226,20 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
 
 
+def check_same_run(save: Path, identity: dict[str, Any]) -> None:
+    """A run goes on from checkpoints of its own kind only: DeepSpeed's hold the parts of a rank."""
+    checkpoints = save / "checkpoints"
+    if not (checkpoints / "latest").is_file():
+        return
+    before = json.loads((save / "run.json").read_text())
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoints} is of a run with {name}={before.get(name)}, this one has {value}; "
+                "use the same, or another --save"
+            )
+
+
 @exit_on_user_error
 def main() -> None:
     """Open, train, write."""
@@ -254,6 +261,18 @@ def main() -> None:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     sequences, said = read_sequences(args.data, encode, tokenizer.eos_token_id, length)
+    identity = {
+        "ranks": int(os.environ["WORLD_SIZE"]),
+        "ZeRO stage": settings["zero_optimization"]["stage"],
+        "dtype": args.dtype,
+        "train_batch_size": settings["train_batch_size"],
+        "steps": args.steps,
+        "learning rate": settings["optimizer"]["params"]["lr"],
+        "sequence length": length,
+        "sequences": len(sequences),
+        "seed": args.seed,
+    }
+    check_same_run(args.save, identity)
     deepspeed = import_deepspeed()
     deepspeed.init_distributed()
     args.save.mkdir(parents=True, exist_ok=True)
@@ -266,17 +285,6 @@ def main() -> None:
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = Batches(sequences, settings["train_batch_size"], args.seed, pad)
-    identity = {
-        "ranks": engine.world_size,
-        "ZeRO stage": settings["zero_optimization"]["stage"],
-        "dtype": args.dtype,
-        "train_batch_size": settings["train_batch_size"],
-        "steps": args.steps,
-        "learning rate": settings["optimizer"]["params"]["lr"],
-        "sequence length": length,
-        "sequences": len(sequences),
-        "seed": args.seed,
-    }
     trainer = Trainer(engine, batches, args, identity)
     if trainer.run(trainer.resume()):
         record = {**identity, "model": str(args.model), "data": args.data, "settings": settings}

@@ -67,7 +67,12 @@ def test_other_mistakes_end_in_one_line(
     assert "has experts, which this example does not train" in line(llama)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "DeepSpeed cannot be imported" in line(folder)
-    (tmp_path / "run" / "hf").mkdir(parents=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("step_0000003")
+    (tmp_path / "run" / "run.json").write_text('{"ranks": 2}')
+    assert "is of a run with ranks=2, this one has 1" in line(folder)
+    (tmp_path / "run" / "hf").mkdir()
     assert "exists already: this run is done" in line(folder)
 
 

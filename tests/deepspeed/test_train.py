@@ -145,12 +145,11 @@ def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_losses(
     assert stopped.returncode == 0, stopped.output
     assert "stopped by a signal after step 3" in stopped.output
     assert not (tmp_path / "run" / "hf").exists()
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {
-        *("latest", "step_0000002", "step_0000003", "zero_to_fp32.py")
-    }
-    other = train(1, "none", *arguments, **variables)
-    assert other.returncode == 2
-    assert "is of a run with ranks=2, this one has 1" in other.error_line(), other.output
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [
+        "step_0000002",
+        "step_0000003",
+    ]
     resumed = train(2, "torchrun", *arguments, **variables)
     assert resumed.returncode == 0, resumed.output
     assert "starting after step 3 of 5" in resumed.output

@@ -74,7 +74,7 @@ def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: the folder cannot be opened, or its weights do not fit its configuration.
     """
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from topk_megatron.evaluation.model import open_model as open_folder
 
@@ -83,18 +83,6 @@ def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
     model = open_folder(folder, dtype=dtype).model
     del splitting
     return model
-
-
-@contextmanager
-def buffers_kept(model: Any) -> Iterator[None]:
-    """Give buffers their values back that DeepSpeed rounds when it casts a model.
-
-    The rotary frequencies are buffers in float32; in bfloat16 they are wrong in the third digit.
-    """
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    yield
-    for name, buffer in model.named_buffers():
-        buffer.data = before[name].to(buffer.device)
 
 
 def write_folder(engine: Any, source: Path, target: Path, record: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed
 from batches import Batches, Example, read_sequences
-from model import buffers_kept, check_folder, open_model, open_tokenizer, write_folder
+from model import check_folder, open_model, open_tokenizer, write_folder
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import CheckpointError, ConfigError
@@ -279,10 +279,9 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         print(f"data: {said}", flush=True)
     model = open_model(args.model, args.dtype, settings).train()
-    with buffers_kept(model):
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=settings
-        )
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=settings
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = Batches(sequences, settings["train_batch_size"], args.seed, pad)
     trainer = Trainer(engine, batches, args, identity)

@@ -189,12 +189,13 @@ def test_health_tells_of_a_driver_that_fails_or_hangs(
 
 
 @pytest.fixture
-def server() -> Iterator[http.server.HTTPServer]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        status = 200
+def server() -> Iterator[tuple[http.server.HTTPServer, list[int]]]:
+    """A server on localhost, and the status of its coming answers."""
+    status = [200]
 
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(type(self).status)
+            self.send_response(status[0])
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -202,19 +203,22 @@ def server() -> Iterator[http.server.HTTPServer]:
 
     made = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
+    yield made, status
     made.shutdown()
     made.server_close()
 
 
-def test_health_tells_of_an_explorer_that_does_not_answer(server: http.server.HTTPServer) -> None:
+def test_health_tells_of_an_explorer_that_does_not_answer(
+    server: tuple[http.server.HTTPServer, list[int]],
+) -> None:
     health = load("docker/health.py")
-    port = server.server_address[1]
+    explorer, status = server
+    port = explorer.server_address[1]
     assert health.explorer_problem(port) is None
-    server.RequestHandlerClass.status = 500  # pyright: ignore[reportAttributeAccessIssue]
+    status[0] = 500
     assert "does not answer" in health.explorer_problem(port)
-    server.shutdown()
-    server.server_close()
+    explorer.shutdown()
+    explorer.server_close()
     assert health.explorer_problem(port) is None
 
 

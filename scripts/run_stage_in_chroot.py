@@ -6,19 +6,19 @@
 
 The Dockerfile is read and its instructions are carried out: FROM debian:… is a root made by
 debootstrap, RUN runs in it, COPY obeys .dockerignore, and at the end HEALTHCHECK and ENTRYPOINT run
-as USER. No engine, daemon or image is needed; root and the package debootstrap are. The host lends
-its certificates and pip's cache to RUN steps and leaves nothing of either in the root.
+as USER. No engine, daemon or image is needed; root and the package debootstrap are. RUN steps get a
+copy of the host's certificates, and pip's cache, which is all of the host that they can write.
 
 What differs from Docker: no layers, no isolation but a mount namespace, one platform.
 """
 
 import argparse
-import fnmatch
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,22 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from dockerfile import expand, ignored, parse
+
 PROJECT = Path(__file__).resolve().parents[1]
-LENT_VARIABLES = ("PIP_CERT", "PIP_DEFAULT_TIMEOUT", "SSL_CERT_FILE")
+LENT_VARIABLES = ("PIP_DEFAULT_TIMEOUT", "PIP_RETRIES")
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+LENT_CERTIFICATES = "/run/lent-certificates.crt"
+DEVICES = ("null", "zero", "full", "random", "urandom")
 UNSUITABLE = 3
-
-
-@dataclass
-class Stage:
-    """One FROM and what follows it.
-
-    Attributes:
-        base: image or earlier stage.
-        steps: (keyword, value) in order, continuation lines joined.
-    """
-
-    base: str
-    steps: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -55,44 +47,6 @@ class Root:
     health: list[str] | None = None
     entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
-
-
-def parse(text: str) -> dict[str, Stage]:
-    """Stages by name. Arguments before the first FROM are put in where FROM names them."""
-    joined = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.M))
-    stages: dict[str, Stage] = {}
-    defaults: dict[str, str] = {}
-    current: Stage | None = None
-    for line in filter(None, map(str.strip, joined.splitlines())):
-        keyword, _, value = line.partition(" ")
-        value = value.strip()
-        if keyword == "FROM":
-            base, _, name = expand(value, defaults).partition(" AS ")
-            current = stages[name.strip() or str(len(stages))] = Stage(base.strip())
-        elif current is not None:
-            current.steps.append((keyword, value))
-        elif keyword == "ARG":
-            name, _, default = value.partition("=")
-            defaults[name] = default
-    return stages
-
-
-def expand(text: str, variables: dict[str, str]) -> str:
-    """Put variables in, as Docker does outside of RUN."""
-    return re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], ""), text)
-
-
-def ignored(path: str, patterns: list[str]) -> bool:
-    """Whether .dockerignore leaves a path (relative to the context) out; the last match counts."""
-    parts = path.split("/")
-    out = False
-    for pattern in patterns:
-        keep, pattern = pattern.startswith("!"), pattern.removeprefix("!")
-        anywhere = pattern.startswith("**/")
-        names = parts if anywhere else ["/".join(parts[: n + 1]) for n in range(len(parts))]
-        if any(fnmatch.fnmatch(name, pattern.removeprefix("**/")) for name in names):
-            out = not keep
-    return out
 
 
 class Builder:
@@ -223,26 +177,51 @@ def mirror() -> list[str]:
 
 
 def run(root: Root, command: list[str], user: str, caches: list[str] | None = None) -> int:
-    """Run a command in the root, in a mount namespace of its own; returns its exit code."""
-    lines = [f"mount -t proc proc {root.path}/proc", f"mount --rbind /dev {root.path}/dev"]
-    lent = {name: os.environ[name] for name in LENT_VARIABLES if name in os.environ}
-    if caches is not None:
-        certificates = inside(root, "/etc/ssl/certs")
-        certificates.mkdir(parents=True, exist_ok=True)
-        lines.append(f"mount --bind /etc/ssl/certs {certificates}")
-        for target in caches:
-            cache = Path.home() / ".cache" / "pip"
-            cache.mkdir(parents=True, exist_ok=True)
-            inside(root, target).mkdir(parents=True, exist_ok=True)
-            lines.append(f"mount --bind {cache} {inside(root, target)}")
-    variables = {**(lent if caches is not None else {}), **root.variables, "HOME": home(root, user)}
+    """Run a command in the root, in a mount namespace of its own; returns its exit code.
+
+    Args:
+        caches: where RUN wants pip's cache; None outside of RUN, when nothing is lent.
+    """
+    lent = {} if caches is None else lent_variables()
+    variables = {**lent, **root.variables, "HOME": home(root, user)}
     program = ["env", "-i", *(f"{k}={v}" for k, v in variables.items())]
     program += ["sh", "-c", f"cd {shlex.quote(root.directory)} && exec {shlex.join(command)}"]
     within = ["chroot", f"--userspec={user}", str(root.path), *program]
-    script = "\n".join(["set -e", *lines, f"exec {shlex.join(within)}"])
-    return subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], stdin=subprocess.DEVNULL
-    ).returncode
+    script = "\n".join(["set -e", *mounts(root, caches), f"exec {shlex.join(within)}"])
+    namespace = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
+    return subprocess.run(namespace, stdin=subprocess.DEVNULL).returncode
+
+
+def mounts(root: Root, caches: list[str] | None) -> list[str]:
+    """Shell lines that give a root what programs need.
+
+    A package's scripts run as root in there, so that nothing of this machine may be writable but
+    pip's cache: /dev has a few nodes only, and the certificates are a copy.
+    """
+    lines = [f"mount -t proc proc {root.path}/proc", f"mount -t tmpfs tmpfs {root.path}/dev"]
+    for node in DEVICES:
+        lines += [
+            f"touch {root.path}/dev/{node}",
+            f"mount --bind /dev/{node} {root.path}/dev/{node}",
+        ]
+    lines.append(f"mkdir -m 1777 {root.path}/dev/shm")
+    lines.append(f"mount -t tmpfs tmpfs {root.path}/run")
+    if caches is not None and Path(CERTIFICATES).is_file():
+        lines.append(f"cp {CERTIFICATES} {root.path}{LENT_CERTIFICATES}")
+    for target in caches or []:
+        cache, place = Path.home() / ".cache" / "pip", inside(root, target)
+        cache.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        lines.append(f"mount --bind {cache} {place}")
+    return lines
+
+
+def lent_variables() -> dict[str, str]:
+    """What pip has to know to get out of this machine."""
+    found = {name: os.environ[name] for name in LENT_VARIABLES if name in os.environ}
+    if Path(CERTIFICATES).is_file():
+        found |= {"PIP_CERT": LENT_CERTIFICATES, "SSL_CERT_FILE": LENT_CERTIFICATES}
+    return found
 
 
 def home(root: Root, user: str) -> str:
@@ -273,6 +252,7 @@ def main() -> int:
     if os.geteuid() or not shutil.which("debootstrap"):
         stop("this needs root and debootstrap", UNSUITABLE)
     args.directory.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs in the root ends too
     root = Builder(args.directory.resolve(), args.dockerfile).build(args.stage)
     size = subprocess.run(["du", "-sm", str(root.path)], capture_output=True, text=True).stdout
     print(f"{args.stage}: {size.split()[0]} MB in {root.path}", flush=True)

@@ -38,6 +38,7 @@ def load(path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def chroot() -> Any:
+    load("scripts/dockerfile.py")  # its sibling, which it imports
     return load("scripts/run_stage_in_chroot.py")
 
 
@@ -222,6 +223,20 @@ def test_health_tells_of_an_explorer_that_does_not_answer(
     assert health.explorer_problem(port) is None
 
 
+def test_nothing_of_the_host_but_the_pip_cache_is_writable_in_the_chroot(
+    chroot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = chroot.Root(tmp_path / "root", {})
+    for caches in (None, [], ["/root/.cache/pip"]):
+        lines = chroot.mounts(root, caches)
+        bound = [line.split()[2] for line in lines if "bind" in line]
+        devices = [f"/dev/{name}" for name in chroot.DEVICES]
+        assert bound == devices + [str(tmp_path / "home/.cache/pip")] * len(caches or [])
+        assert all(line.split()[1:3] in (["-t", "proc"], ["-t", "tmpfs"]) or "bind" in line
+                   for line in lines if line.startswith("mount"))  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(
@@ -232,6 +247,7 @@ def test_steps_of_the_analysis_image_run_in_a_chroot(tmp_path: Path) -> None:
     code = "import torch, topk_megatron.ops as ops; print(ops.topk_mask(torch.arange(4.0), 1))"
     command = [str(script), "analysis", str(tmp_path / "roots"), "--", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

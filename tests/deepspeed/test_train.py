@@ -12,6 +12,7 @@ import torch
 
 from tests.deepspeed.conftest import LENGTH, STEPS, flags
 from tests.deepspeed.watched_train import EXAMPLE, TOKENS
+from topk_megatron.exitcodes import REQUEUE
 from topk_megatron.testing.launch import Run, kill_job, start
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
@@ -27,6 +28,12 @@ def train(ranks: int, launcher: str, *arguments: str, **environment: str) -> Run
     commands = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"],
         "deepspeed": ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"],
+        "cluster": [
+            "-m",
+            "topk_megatron.cluster.launch",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ],
         "none": [],
     }
     command = [sys.executable, *commands[launcher]]
@@ -141,8 +148,8 @@ def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_losses(
 ) -> None:
     arguments = flags(folder, data["text"], "zero2", tmp_path / "run", "--save-every", "2")
     variables = {"TOPK_LOGITS": str(tmp_path / "logits.pt")}
-    stopped = train(2, "torchrun", *arguments, **variables, TOPK_STOP_AT="1:3")
-    assert stopped.returncode == 0, stopped.output
+    stopped = train(2, "cluster", *arguments, **variables, TOPK_STOP_AT="1:3")
+    assert stopped.returncode == REQUEUE, stopped.output
     assert "stopped by a signal after step 3" in stopped.output
     assert not (tmp_path / "run" / "hf").exists()
     checkpoints = tmp_path / "run" / "checkpoints"

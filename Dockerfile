@@ -49,7 +49,7 @@ HEALTHCHECK --interval=60s --timeout=30s --start-period=60s \
 ENTRYPOINT ["python"]
 CMD ["tools/analyze.py", "--help"]
 
-# ---- training: Megatron, Transformer Engine and Apex of the base, both kernels ------------------
+# ---- training: Megatron, both kernels; Transformer Engine and Apex are the base's ---------------
 FROM ${NGC_PYTORCH} AS training-build
 WORKDIR /opt/topk_megatron
 COPY setup.py pyproject.toml README.md LICENSE ./

@@ -64,9 +64,9 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/topk_megatron
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
-# torch, triton and numpy stay as they are: the base's other packages are built against them.
+# torch and numpy stay as they are: the base's other packages are built against them.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python docker/requirements.py train hf deepspeed --keep torch triton numpy --into /tmp/pip \
+    python docker/requirements.py train hf deepspeed --keep torch numpy --into /tmp/pip \
     && PIP_CONSTRAINT='' pip install --no-build-isolation \
         --requirement /tmp/pip/requirements.txt --constraint /tmp/pip/constraints.txt \
     && rm -r /tmp/pip

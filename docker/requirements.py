@@ -3,8 +3,8 @@
     python docker/requirements.py train hf --keep torch numpy --into /tmp/requirements
 
 writes requirements.txt and constraints.txt. A kept package stays as the base image has it (NVIDIA's
-images bring their own build of torch): its pin, and those of CUDA's packages, give way to the
-installed version. Needs nothing but Python.
+images bring their own build of torch): its pin gives way to the installed version, and those of
+CUDA's packages and triton, which belong to torch, are left out. Needs nothing but Python.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
-_OF_TORCH = re.compile(r"(nvidia-|cuda-)")
+_OF_TORCH = re.compile(r"nvidia-|cuda-|triton==")
 
 
 def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:

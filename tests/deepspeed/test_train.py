@@ -43,7 +43,7 @@ def train(ranks: int, launcher: str, *arguments: str, **environment: str) -> Run
     with tempfile.TemporaryFile("w+") as output:
         process = start([*command, str(WATCHED), *arguments], output, variables)
         try:
-            code = process.wait(100)
+            code = process.wait(240)
         except BaseException:
             kill_job(process.pid)
             raise

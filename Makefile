@@ -3,7 +3,7 @@ python := .venv/bin/python
 # Test files that run side by side; each distributed test starts up to four ranks of its own.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast lint format bench clean
+.PHONY: help setup quickstart paper paper-fast docs test test-fast lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,6 +13,15 @@ setup:  ## find or get Python 3.12, create .venv, install pinned dependencies, b
 
 quickstart: setup  ## train a TopK and a dense language model on Shakespeare, compare and sample them
 	@$(python) examples/quickstart/run.py
+
+paper: setup  ## the paper's experiments at laptop scale: about an hour, resumable
+	@$(python) examples/paper/run.py
+
+paper-fast: setup  ## the same with four variants and a few steps, to see that every part works
+	@$(python) examples/paper/run.py --fast
+
+docs: setup  ## the documentation as a site in build/site, warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 test: setup  ## the whole test suite, two files at a time (pass options with ARGS=...)
 	@$(python) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
@@ -30,7 +39,7 @@ format: setup  ## rewrite the sources as ruff wants them
 	@$(python) -m ruff check --fix .
 
 bench: setup  ## the benchmarks; each prints a table with machine, versions, medians and ratios
-	@for script in topk_mask.py train_step.py record.py report.py scaling_model.py "parallel.py bytes"; do \
+	@for script in topk_mask.py train_step.py record.py report.py scaling_model.py plan_memory.py "parallel.py bytes"; do \
 		echo "== $$script"; $(python) benchmarks/$$script || exit 1; done
 
 clean:  ## remove what make made (kernels, caches, runs/quickstart), but for .venv

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.device import prepare_device
+from topk_megatron.parallel.saved import _Known
 from topk_megatron.testing.traffic import Traffic, counted_traffic
 
 WARM_UP = 2  # steps of each kind that are not counted
@@ -53,7 +54,7 @@ class KeptBytes:
 
     def __call__(self, tensor: Tensor) -> Any:
         known = self.saver._known.get(tensor.data_ptr())
-        is_topk = known is not None and known.is_the_memory_of(tensor)
+        is_topk = isinstance(known, _Known) and known.is_the_memory_of(tensor)
         before = self.saver.packed_bytes
         packed = self.pack(tensor) if self.sparse else tensor
         if isinstance(packed, Tensor):

@@ -1,122 +1,88 @@
-"""The paper model of docs/scaling.md: bytes and shares of step time, from sizes alone.
+"""What sparse transport and sparse saving are worth at scale: the tables of docs/scaling.md.
 
     python benchmarks/scaling_model.py
 
-Nothing here is measured. Assumptions are the constants below; docs/scaling.md discusses them.
+Nothing here is measured: formulas and assumptions are the planner's (topk_megatron/plan/).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-BYTES = 2  # bfloat16
-FLOPS = 400e12  # a second and GPU: 40 % of an H100's dense bfloat16 peak
-PACK_BANDWIDTH = 2e12  # bytes a second that packing and unpacking reach in GPU memory
-PACK_LAUNCHES = 50e-6  # seconds a transfer for the launches of packing and unpacking
-STATE_BYTES = 18  # a parameter: weights, gradients, Adam's state in mixed precision
-HIDDEN_PER_K = 16
-SEQUENCE = 4096
-# Bytes a second in one direction that one GPU has for itself.
-LINKS = {
-    "NVLink 4 (450 GB/s)": 450e9,
-    "InfiniBand NDR (50 GB/s)": 50e9,
-    "Ethernet 100 Gbit/s for 8 GPUs": 12.5e9 / 8,
-    "Ethernet 10 Gbit/s for 8 GPUs": 1.25e9 / 8,
-}
+from topk_megatron.plan.assumptions import LINKS, cluster_of
+from topk_megatron.plan.flags import read_flags, shape_of
+from topk_megatron.plan.layout import Layout
+from topk_megatron.plan.memory import input_bytes, memory_of
+from topk_megatron.plan.shape import Shape
+from topk_megatron.plan.step_time import compute_seconds, transport_seconds
+from topk_megatron.plan.traffic import message_bytes
+from topk_megatron.testing.launch import REPOSITORY
 
-
-@dataclass(frozen=True)
-class Model:
-    """A dense transformer of 12 L H² parameters and its layout, one sequence a microbatch."""
-
-    name: str
-    layers: int
-    hidden: int
-    tensor: int
-    pipeline: int
-
-    @property
-    def parameters(self) -> float:
-        return 12 * self.layers * self.hidden**2
-
-    @property
-    def dense_bytes(self) -> float:
-        """A hidden state of a microbatch on one GPU, under sequence parallelism."""
-        return SEQUENCE * self.hidden * BYTES / self.tensor
-
-    @property
-    def forward_bytes(self) -> float:
-        """The same as values and a bitmask."""
-        k = self.hidden / HIDDEN_PER_K
-        return SEQUENCE * (k * BYTES + self.hidden / 8) / self.tensor
-
-    @property
-    def backward_bytes(self) -> float:
-        """Its gradient on S."""
-        return self.dense_bytes / HIDDEN_PER_K
-
-    @property
-    def compute_seconds(self) -> float:
-        """Forward and backward of a microbatch on one stage."""
-        return 6 * self.parameters / self.pipeline / self.tensor * SEQUENCE / FLOPS
-
-    @property
-    def pack_seconds(self) -> float:
-        """Packing, unpacking and their launches, both directions: about 4 dense passes each."""
-        return 2 * (4 * self.dense_bytes / PACK_BANDWIDTH + PACK_LAUNCHES)
-
-    def shares(self, bandwidth: float) -> tuple[float, float]:
-        """Transport over compute, dense and sparse, where nothing overlaps."""
-        dense = 2 * self.dense_bytes / bandwidth
-        sparse = (self.forward_bytes + self.backward_bytes) / bandwidth + self.pack_seconds
-        return dense / self.compute_seconds, sparse / self.compute_seconds
-
-    def kept_bytes(self, sequence_parallel: bool) -> tuple[float, float]:
-        """Inputs of recomputed layers on one GPU with a full pipeline, dense and sparse."""
-        split = 1 if sequence_parallel else self.tensor
-        dense = self.layers * self.dense_bytes * split
-        return dense, dense * self.forward_bytes / self.dense_bytes
-
-    @property
-    def state_bytes(self) -> float:
-        """Parameters and optimizer on one GPU, without a distributed optimizer."""
-        return STATE_BYTES * self.parameters / self.tensor / self.pipeline
+# One sequence of 4096 a microbatch, a TopK at every boundary, no dropout.
+COMMON = [
+    *("--seq-length", "4096", "--micro-batch-size", "1"),
+    *("--topk-layers", "all", "--hidden-dropout", "0"),
+]
+GPT3 = [
+    *("--num-layers", "96", "--hidden-size", "12288", "--num-attention-heads", "96"),
+    *("--vocab-size", "51200", "--position-embedding-type", "rope"),
+]
+# Tensor- and pipeline-parallel sizes, chosen to cut every model into a pipeline.
+CUTS = {"1b": (1, 4), "7b": (2, 4), "70b": (8, 8), "175b": (8, 12), "500b": (8, 24)}
 
 
-MODELS = (
-    Model("1B", 20, 2048, 1, 4),
-    Model("7B", 32, 4096, 2, 4),
-    Model("70B", 80, 8192, 8, 8),
-    Model("175B", 96, 12288, 8, 12),
-    Model("500B", 120, 18432, 8, 24),
-)
+def models() -> Iterator[tuple[str, Shape, int, int]]:
+    """Name, shape, TP and PP of each."""
+    for name, (tp, pp) in CUTS.items():
+        path = REPOSITORY / "configs" / f"{name}.args"
+        flags = GPT3 if name == "175b" else read_flags(path)
+        yield name, shape_of([*flags, *COMMON]), tp, pp
 
 
 def print_transport() -> None:
     """Shares of step time."""
-    print("| model | layers x hidden | TP x PP | MB a transfer: dense, forward, backward | " + " | ".join(LINKS) + " |")  # fmt: skip  # noqa: E501
-    print("|---|---|---|---|" + "---|" * len(LINKS))
-    for model in MODELS:
-        sizes = (model.dense_bytes, model.forward_bytes, model.backward_bytes)
+    links = {"NVLink (450 GB/s)": None, **{link.name: name for name, link in LINKS.items()}}
+    print("| model | layers x hidden | TP x PP | MB a transfer: dense, forward, backward | " + " | ".join(links) + " |")  # fmt: skip  # noqa: E501
+    print("|---|---|---|---|" + "---|" * len(links))
+    for name, shape, tp, pp in models():
+        layout = Layout(tp=tp, pp=pp, dp=1)
+        dense, _ = message_bytes(shape, layout, 0, sparse=False)
+        sizes = (dense, *message_bytes(shape, layout, 0, sparse=True))
         megabytes = ", ".join(f"{size / 1e6:.2f}" for size in sizes)
-        cells = []
-        for bandwidth in LINKS.values():
-            dense, sparse = model.shares(bandwidth)
-            cells.append(f"{100 * dense:.1f} % → {100 * sparse:.1f} %")
+        cells = [" → ".join(_shares(shape, layout, link)) for link in links.values()]
         print(
-            f"| {model.name} | {model.layers} x {model.hidden} | {model.tensor} x {model.pipeline}"
-            f" | {megabytes} | " + " | ".join(cells) + " |"
+            f"| {name} | {shape.layers} x {shape.hidden} | {tp} x {pp} | {megabytes} | "
+            + " | ".join(cells)
+            + " |"
         )
 
 
+def _shares(shape: Shape, layout: Layout, link: str | None) -> Iterator[str]:
+    """Transport over compute of a middle stage, dense and sparse; no link is one large node."""
+    node = layout.ranks if link is None else 1
+    cluster = cluster_of("h100", layout.ranks // node, node, link or "ndr")
+    compute = compute_seconds(shape, layout, cluster, stage=1)
+    for sparse in (False, True):
+        share = transport_seconds(shape, layout, cluster, sparse=sparse) / compute
+        yield f"{100 * share:.1f} %"
+
+
 def print_memory() -> None:
-    """Gigabytes of saved activations."""
+    """Gigabytes of saved activations: inputs of recomputed layers on the first stage."""
     print("| model | parameters and optimizer, GB a GPU | kept, sequence parallel, GB | kept, not sequence parallel, GB |")  # fmt: skip  # noqa: E501
     print("|---|---|---|---|")
-    for model in MODELS:
-        cells = []
-        for sequence_parallel in (True, False):
-            dense, sparse = model.kept_bytes(sequence_parallel)
-            cells.append(f"{dense / 1e9:.2f} → {sparse / 1e9:.2f}")
-        print(f"| {model.name} | {model.state_bytes / 1e9:.1f} | " + " | ".join(cells) + " |")
+    for name, shape, tp, pp in models():
+        layout = Layout(tp=tp, pp=pp, dp=1, recompute=True, sparse_save=True)
+        kept = [_kept(shape, layout, sparse=sparse) for sparse in (False, True)]
+        cells = [" → ".join(f"{split * one / 1e9:.2f}" for one in kept) for split in (1, tp)]
+        states = memory_of(shape, layout, 0).states / 1e9
+        print(f"| {name} | {states:.1f} | " + " | ".join(cells) + " |")
+
+
+def _kept(shape: Shape, layout: Layout, *, sparse: bool) -> float:
+    inputs = sum(
+        input_bytes(shape, layout, layer, sparse=sparse)
+        for layer in shape.stage_layers(layout.pp, 0)
+    )
+    return inputs * layout.tokens(shape) * layout.pp
 
 
 if __name__ == "__main__":

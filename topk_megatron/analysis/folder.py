@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from topk_megatron.errors import CheckpointError
+from topk_megatron.hf.load import load_model, load_tokenizer
 
 _NO_TOPK = {"site": "residual", "k": 0, "layers": [], "mode": "value"}
 
@@ -69,28 +70,12 @@ class Folder:
     @cached_property
     def model(self) -> Any:
         """The causal language model, in eval mode, in the dtype that it was saved in."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(self.path), trust_remote_code="auto_map" in self.config
-            )
-        except Exception as error:  # each library on the way raises errors of its own
-            raise CheckpointError(f"cannot load the model in {self.path}: {error}") from error
-        model = model.eval().requires_grad_(False)
-        return model.to(self.device)  # pyright: ignore[reportArgumentType]
+        return load_model(self.path, device=self.device).requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                str(self.path), trust_remote_code="auto_map" in self.config
-            )
-        except Exception as error:
-            raise CheckpointError(f"cannot load the tokenizer in {self.path}: {error}") from error
+        return load_tokenizer(self.path)
 
     def fingerprint(self) -> str:
         """SHA-256 of config.json and of the weights."""

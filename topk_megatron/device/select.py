@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from topk_megatron.device.acceleration import check_apex, hide_accelerators
+
 _prepared: str | None = None
 
 
@@ -17,12 +19,17 @@ def prepare_device() -> str:
 
     Returns:
         ``"cuda"`` or ``"cpu"``. Safe to call more than once.
+
+    Raises:
+        ConfigError: another package than NVIDIA's is installed under the name `apex`.
     """
     global _prepared
     if _prepared is None:
+        check_apex()
         _prepared = "cuda" if torch.cuda.is_available() else "cpu"
         if _prepared == "cpu":
             _set_environment()
+            hide_accelerators()
             from topk_megatron.device.cpu import redirect_cuda_to_cpu
 
             redirect_cuda_to_cpu()

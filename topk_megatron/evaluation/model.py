@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import CheckpointError, ConfigError
+from topk_megatron.hf.load import load_model, load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,44 +45,21 @@ def open_model(directory: Path, *, dtype: str = "float32", device: str = "cpu") 
     trust.
 
     Raises:
-        CheckpointError: no folder, no model or no tokenizer in it, or weights that do not fit.
+        CheckpointError: no folder, no model or no tokenizer in it, or parts that do not fit.
         ConfigError: a device or dtype that this machine does not have.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} holds no Hugging Face model (no config.json); make one with "
-            "tools/convert_checkpoint.py to-hf"
-        )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {device} was asked for and this machine has no CUDA; use cpu")
-    offline: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
-    try:
-        config = AutoConfig.from_pretrained(directory, **offline)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), output_loading_info=True, **offline
-        )
-        model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(directory, **offline)
-    except Exception as error:  # transformers raises a dozen kinds for a broken folder
-        raise CheckpointError(f"{directory} cannot be opened: {_first_line(error)}") from error
-    wrong = {name: report[name] for name in ("missing_keys", "unexpected_keys") if report[name]}
-    if wrong:
-        names = "; ".join(f"{kind[:-5]}: {', '.join(sorted(v)[:3])}" for kind, v in wrong.items())
-        raise CheckpointError(f"the weights of {directory} do not fit its config.json: {names}")
-    if len(tokenizer) > config.vocab_size:
+    model = load_model(directory, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(directory)
+    if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(
             f"the tokenizer of {directory} has {len(tokenizer)} tokens, its model "
-            f"{config.vocab_size}; put the tokenizer there that the model was trained with"
+            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
         )
     name = "/".join(directory.resolve().parts[-2:])
-    return OpenModel(name, model.eval().to(device), tokenizer, config.max_position_embeddings)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return OpenModel(name, model, tokenizer, model.config.max_position_embeddings)

@@ -14,7 +14,7 @@ from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.evaluation.model import OpenModel
-from topk_megatron.text.sources import BadLineError, document, expand, read_records
+from topk_megatron.text.sources import read_texts
 
 _RESAMPLES = 1000
 
@@ -71,48 +71,24 @@ def read_documents(patterns: list[str], json_key: str = "text") -> list[str]:
     Raises:
         DataError: nothing matches, a bad line, or no text in it.
     """
-    texts = []
-    for path in expand(patterns):
-        for record in read_records(path):
-            try:
-                texts.append(document(record, json_key))
-            except BadLineError as error:
-                raise DataError(f"{record.path}:{record.line}: {error}") from error
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in read_texts(patterns, json_key) if text.strip()]
     if not texts:
         raise DataError(f"there is no text in {', '.join(patterns)}")
     return texts
 
 
-def perplexity(
-    opened: OpenModel,
-    texts: list[str],
-    *,
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    progress: Any = None,
-) -> Perplexity:
+def perplexity(opened: OpenModel, texts: list[str], **options: Any) -> Perplexity:
     """Score texts.
 
     Args:
         opened: model and tokenizer.
         texts: documents.
-        context: tokens of a window; None is what the model was trained with.
-        stride: tokens between windows; None is the context.
-        batch_size: windows a forward pass.
-        progress: wraps the list of batches, such as tqdm.
+        options: of `window_losses`.
 
     Raises:
-        ConfigError: context or stride out of range.
-        DataError: no document has two tokens.
+        ConfigError, DataError: as `window_losses`.
     """
-    context, stride = _check(opened, context, stride)
-    encoded = [opened.encode(text) for text in texts]
-    cut = [window for tokens in encoded for window in windows(tokens, context, stride)]
-    if not cut:
-        raise DataError("no document has two tokens or more: there is nothing to predict")
-    losses, counts = _score(opened, cut, batch_size, progress)
+    losses, counts = window_losses(opened, texts, **options)
     total = sum(losses) / sum(counts)
     low, high = _interval(losses, counts)
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -125,6 +101,40 @@ def perplexity(
         tokens=sum(counts),
         documents=len(texts),
     )
+
+
+def window_losses(
+    opened: OpenModel,
+    texts: list[str],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Any = None,
+) -> tuple[list[float], list[int]]:
+    """Loss of every window: the pieces that models on the same text are compared by.
+
+    Args:
+        opened: model and tokenizer.
+        texts: documents.
+        context: tokens of a window; None is what the model was trained with.
+        stride: tokens between windows; None is the context.
+        batch_size: windows a forward pass.
+        progress: wraps the list of batches, such as tqdm.
+
+    Returns:
+        Sum of losses (nats) and number of scored tokens of each window, in the order of the text.
+
+    Raises:
+        ConfigError: context or stride out of range.
+        DataError: no document has two tokens.
+    """
+    context, stride = _check(opened, context, stride)
+    encoded = [opened.encode(text) for text in texts]
+    cut = [window for tokens in encoded for window in windows(tokens, context, stride)]
+    if not cut:
+        raise DataError("no document has two tokens or more: there is nothing to predict")
+    return _score(opened, cut, batch_size, progress)
 
 
 def _check(opened: OpenModel, context: int | None, stride: int | None) -> tuple[int, int]:

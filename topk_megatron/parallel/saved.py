@@ -6,11 +6,15 @@ saved tensors recognise TopK outputs by their storage, keep the packed form (one
 tensor is saved) and expand it when it is asked for. S is the bitmask that the TopK's own backward
 keeps anyway when there is no recompute.
 
+The first layer's input is the embedding's output, which is dense. Its rows stand in the embedding
+matrix already, so that nothing of it is kept but the token ids: the lookup is done again.
+
 A pipeline stage also holds the hidden state that it received, because its gradient will be asked of
 that tensor. After the forward pass nobody reads it any more but through the packed form, so that
 its memory is let go and only its shape stays.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +64,32 @@ class PackedActivation:
         return x
 
 
+class EmbeddedTokens:
+    """The embedding's output [s, b, H] as the token ids that it came from.
+
+    Attributes:
+        nbytes: memory of the ids.
+    """
+
+    def __init__(
+        self, lookup: Callable[[], Tensor], nbytes: int, x: Tensor, verifier: Verifier
+    ) -> None:
+        self.nbytes = nbytes
+        self._lookup, self._verifier = lookup, verifier
+        self._dense = x.detach().clone() if verifier.active else None
+
+    def expand(self) -> Tensor:
+        """The dense tensor, bitwise; on every tensor-parallel rank, for the lookup may reduce."""
+        with torch.no_grad():
+            x = self._lookup()
+        if self._dense is not None:
+            self._verifier.check("saved activations", x, self._dense)
+            self._dense = None
+        return x
+
+
 class SparseSaver:
-    """Packs TopK outputs that autograd saves while the saver is entered.
+    """Packs TopK outputs, and the embedding's, that autograd saves while the saver is entered.
 
     Attributes:
         dense_bytes: what the tensors that were packed would have taken, each counted once.
@@ -71,14 +99,25 @@ class SparseSaver:
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
         self.dense_bytes = self.packed_bytes = 0
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, _Known | _Embedded] = {}
         self._hooks: Any = None
         self._received: Tensor | None = None
+        self._embedded: _Embedded | None = None
 
     def remember(self, x: Tensor, bits: Tensor, k: int) -> None:
         """Announce a TopK output, so that it is recognised when it is saved."""
         if self._hooks is not None:
             self._known[x.data_ptr()] = _Known(x, k, bits=bits.detach())
+
+    def remember_embedding(self, x: Tensor, lookup: Callable[[], Tensor], nbytes: int) -> None:
+        """Announce the embedding's output to the next `enter`.
+
+        Args:
+            x: [s, b, H], its output.
+            lookup: gives a tensor that is bitwise equal to `x`, until the weights change.
+            nbytes: memory that `lookup` holds on to.
+        """
+        self._embedded = _Embedded(x, lookup, nbytes)
 
     def enter(self, received: Tensor | None = None) -> None:
         """Begin to pack what is saved from here on.
@@ -90,6 +129,9 @@ class SparseSaver:
         assert self._hooks is None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
+        if self._embedded is not None:
+            self._known[self._embedded.address] = self._embedded
+            self._embedded = None
         indices = getattr(received, INDICES, None)
         if received is not None and indices is not None:
             self._received = received
@@ -113,7 +155,7 @@ class SparseSaver:
             return tensor
         if known.packed is None:
             x = tensor.detach().view(known.shape)
-            known.packed = PackedActivation(known, x, self.verifier)
+            known.packed = known.pack(x, self.verifier)
             self.dense_bytes += tensor.numel() * tensor.element_size()
             self.packed_bytes += known.packed.nbytes
         return known.packed, tensor.shape
@@ -126,20 +168,17 @@ class SparseSaver:
         return packed.expand().view(shape)
 
 
-class _Known:
-    """A TopK output by its memory; does not keep it alive."""
+class _Memory:
+    """A tensor by its memory; does not keep it alive."""
 
-    def __init__(
-        self, x: Tensor, k: int, bits: Tensor | None = None, indices: Tensor | None = None
-    ) -> None:
-        self.shape, self.dtype, self.k = x.shape, x.dtype, k
-        self.bits, self.indices = bits, indices
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.dtype, self.address = x.shape, x.dtype, x.data_ptr()
+        self.packed: PackedActivation | EmbeddedTokens | None = None
         self._storage = StorageWeakRef(x.untyped_storage())
         self._version = x._version
-        self.packed: PackedActivation | None = None
 
     def is_the_memory_of(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this output, whole and unchanged; a view of it counts."""
+        """Whether `tensor` is this one, whole and unchanged; a view of it counts."""
         return (
             tensor.dtype == self.dtype
             and tensor.numel() == self.shape.numel()
@@ -147,3 +186,27 @@ class _Known:
             and tensor._version == self._version
             and not self._storage.expired()
         )
+
+
+class _Known(_Memory):
+    """A TopK output, and what was selected."""
+
+    def __init__(
+        self, x: Tensor, k: int, bits: Tensor | None = None, indices: Tensor | None = None
+    ) -> None:
+        super().__init__(x)
+        self.k, self.bits, self.indices = k, bits, indices
+
+    def pack(self, x: Tensor, verifier: Verifier) -> PackedActivation:
+        return PackedActivation(self, x, verifier)
+
+
+class _Embedded(_Memory):
+    """The embedding's output, and how to have it again."""
+
+    def __init__(self, x: Tensor, lookup: Callable[[], Tensor], nbytes: int) -> None:
+        super().__init__(x)
+        self._lookup, self._nbytes = lookup, nbytes
+
+    def pack(self, x: Tensor, verifier: Verifier) -> EmbeddedTokens:
+        return EmbeddedTokens(self._lookup, self._nbytes, x, verifier)

@@ -9,9 +9,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from topk_megatron.testing.forks import run_forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "pretrain_topk_gpt.py"
 
 # A model small enough that a step takes tens of milliseconds on one core.
 TINY_MODEL = [
@@ -118,6 +121,9 @@ def pretrain(
 ) -> Run:
     """Run ``pretrain_topk_gpt.py`` (or another `entry`) to its end.
 
+    The script itself runs in forks, which spare the imports (`topk_megatron.testing.forks`); with
+    another entry, restarts, or TOPK_TORCHRUN=1 in the environment torchrun starts the ranks.
+
     Args:
         ranks: gloo ranks on this machine.
         flags: as on the command line.
@@ -128,6 +134,11 @@ def pretrain(
         environment: added to this process's own.
     """
     command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard, restarts=restarts)
+    if entry is None and not restarts and os.environ.get("TOPK_TORCHRUN") != "1":
+        place = command.index(str(SCRIPT))
+        more: dict[str, Any] = {"preload": "megatron", "ranks": ranks, "timeout": timeout}
+        done = run_forked(SCRIPT, *command[place + 1 :], environment=environment, **more)
+        return Run(done.returncode, done.stdout + done.stderr, tensorboard)
     # A file and not a pipe: helper processes of a killed rank would hold a pipe open for ever.
     with tempfile.TemporaryFile("w+") as output:
         process = start(command, output, environment)
@@ -151,8 +162,7 @@ def command_line(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     if restarts:
         launcher[2:3] = ["topk_megatron.cluster.launch", f"--max-restarts={restarts}"]
-    script = entry or REPOSITORY / "pretrain_topk_gpt.py"
-    command = [*launcher, f"--nproc-per-node={ranks}", str(script), *map(str, flags)]
+    command = [*launcher, f"--nproc-per-node={ranks}", str(entry or SCRIPT), *map(str, flags)]
     if tensorboard is not None:
         command += ["--tensorboard-dir", str(tensorboard), "--tensorboard-log-interval", "1"]
     return command

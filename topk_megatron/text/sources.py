@@ -106,6 +106,20 @@ def document(record: Record, json_key: str) -> str:
     return text
 
 
+def read_texts(patterns: Sequence[str], json_key: str = "text") -> Iterator[str]:
+    """Texts of files and globs, one after the other.
+
+    Raises:
+        DataError: nothing matches, or a bad record, with its file and line.
+    """
+    for path in expand(patterns):
+        for record in read_records(path):
+            try:
+                yield document(record, json_key)
+            except BadLineError as error:
+                raise DataError(f"{record.path}:{record.line}: {error}") from error
+
+
 def _kind(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:

@@ -16,6 +16,12 @@ from topk_megatron.config import (
     Site,
     TopKConfig,
 )
+from topk_megatron.device.acceleration import (
+    check_accelerators,
+    describe,
+    find_accelerators,
+    gpu_defaults,
+)
 from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
@@ -129,7 +135,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> Any:
-    """The parser hook for this device; on a CPU it also exchanges Megatron's GPU defaults."""
+    """The parser hook for this device, with Megatron's defaults changed to what is here."""
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         add_topk_arguments(parser)
@@ -141,8 +147,8 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
         # step. Megatron's search for the hardware's part in it (--rerun-mode validate_results) is
         # experimental and lets the first step pass.
         parser.set_defaults(exit_signal_handler=True, rerun_mode="disabled")
-        if device == "cpu":
-            parser.set_defaults(**CPU_DEFAULTS)
+        missing = CPU_DEFAULTS if device == "cpu" else gpu_defaults(find_accelerators())
+        parser.set_defaults(**missing)
         parser.set_defaults(**(defaults or {}))
         return parser
 
@@ -165,6 +171,8 @@ def check_arguments(args: Namespace, device: str) -> None:
     _check_unsupported(args)
     if device == "cpu":
         _check_cpu(args)
+    else:
+        check_accelerators(args, find_accelerators())
     _check_files(args)
 
 
@@ -264,8 +272,10 @@ def _check_files(args: Namespace) -> None:
         raise DataError("no training data: give --data-path PREFIX (or --mock-data)")
 
 
-def describe_cpu() -> str:
-    """The one line that says that the CPU layer is on."""
+def describe_device(args: Namespace, device: str) -> str:
+    """The one line that says what Megatron's layers run on."""
+    if device == "cuda":
+        return describe(find_accelerators(), args)
     return (
         "topk_megatron: no CUDA device here; Megatron runs on the CPU "
         "(gloo, local modules, no fused kernels)"

@@ -69,12 +69,11 @@ def be_one_process() -> None:
 
 def announce(args: Namespace, config: TopKConfig, device: str) -> None:
     """Say once what is about to be trained, and on what."""
-    from topk_megatron.train.arguments import describe_cpu
+    from topk_megatron.train.arguments import describe_device
 
     if args.rank != 0:
         return
-    if device == "cpu":
-        print(describe_cpu(), flush=True)
+    print(describe_device(args, device), flush=True)
     if not config.layers:
         print("topk_megatron: dense model (no TopK layer)", flush=True)
         return

@@ -83,6 +83,9 @@ class ParallelFeatures:
         if self.runtime.saver is not None:
             for chunk in model:
                 _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.runtime)
+                if get_attr_wrapped_model(chunk, "pre_process"):
+                    embedding = get_attr_wrapped_model(chunk, "embedding")
+                    _look_up_again(embedding, self.runtime.saver)
 
     def _ends_in_topk(self, chunk: Any) -> bool:
         """Whether what this chunk sends is a TopK's output, as it left the layer.
@@ -123,6 +126,21 @@ def _save_sparsely(decoder: Any, runtime: TopKRuntime) -> None:
 
     decoder.register_forward_pre_hook(enter)
     decoder.register_forward_hook(leave, always_call=True)
+
+
+def _look_up_again(embedding: Any, saver: SparseSaver) -> None:
+    """Let the saver keep token ids in place of the embedding's output.
+
+    Dropout would draw other numbers the second time, so that the output is kept with it.
+    """
+
+    def remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module.training and module.embedding_dropout.p == 0:
+            lookup = functools.partial(module.forward, *args, **kwargs)
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            saver.remember_embedding(output, lookup, sum(x.nbytes for x in inputs))
+
+    embedding.register_forward_hook(remember, with_kwargs=True)
 
 
 def check_same_settings(args: Namespace) -> None:

@@ -1,0 +1,91 @@
+"""The runs: variants of one model, each a file of flags, each with two seeds."""
+
+import hashlib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (1, 2)
+K_OF_CENTRE = 16  # of H = 256
+# What --fast trains: enough for every table to have a row, in minutes.
+FAST_VARIANTS = ("dense", "topk", "anneal", "mlp")
+FAST_STEPS = 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train.
+
+    Attributes:
+        variant: name of its file.
+        about: first line of the file.
+        seed: of initial weights and of the order of the text.
+        flags: everything that decides the weights.
+        directory: its own; the name holds a hash of flags and data, so that what is there already
+            is what would be trained.
+    """
+
+    variant: str
+    about: str
+    seed: int
+    flags: tuple[str, ...]
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """Variant and seed; also the name of its recording."""
+        return f"{self.variant}-seed-{self.seed}"
+
+    def flag(self, name: str) -> str:
+        """Value of a flag, the last one where it is given twice."""
+        place = len(self.flags) - 1 - self.flags[::-1].index(name)
+        return self.flags[place + 1]
+
+    @property
+    def k(self) -> int:
+        """Survivors on the residual stream; where that is dense, how many are recorded."""
+        return int(self.flag("--topk-k")) if "--topk-k" in self.flags else K_OF_CENTRE
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return int(self.flag("--train-iters"))
+
+
+def read_flags(path: Path) -> tuple[str, tuple[str, ...]]:
+    """First comment and the flags of an argument file."""
+    lines = path.read_text().splitlines()
+    return lines[0].removeprefix("# "), tuple(shlex.split("\n".join(lines), comments=True))
+
+
+def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
+    """All runs, dense ones first.
+
+    Args:
+        directory: where runs live.
+        data_hash: stands for the dataset and the tokenizer.
+        fast: the short form.
+    """
+    _, base = read_flags(HERE / "base.args")
+    if fast:
+        base = (*base, "--train-iters", str(FAST_STEPS))
+    files = sorted((HERE / "variants").glob("*.args"), key=lambda f: (f.stem != "dense", f.stem))
+    runs = []
+    for seed in SEEDS[:1] if fast else SEEDS:
+        for file in files:
+            if fast and file.stem not in FAST_VARIANTS:
+                continue
+            about, own = read_flags(file)
+            flags = (*base, *_shortened(own, fast), "--seed", str(seed))
+            digest = hashlib.sha256("\0".join([*flags, data_hash]).encode()).hexdigest()[:10]
+            path = directory / f"{file.stem}-seed-{seed}-{digest}"
+            runs.append(Run(file.stem, about, seed, flags, path))
+    return runs
+
+
+def _shortened(flags: tuple[str, ...], fast: bool) -> tuple[str, ...]:
+    """Annealing over half of the short training too."""
+    if not fast or "--topk-anneal-end" not in flags:
+        return flags
+    return (*flags, "--topk-anneal-end", str(FAST_STEPS // 2))

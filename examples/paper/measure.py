@@ -1,0 +1,131 @@
+"""Measures one trained model: perplexity, tasks, and what its neurons do on held-out text."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from grid import Run
+
+K_OF_DENSE = (8, 16, 32, 64)  # a dense model is recorded at every k that a TopK model has
+LAYERS_OF_DENSE = "all,-2"
+MIN_COUNT = 50  # activations below which a neuron's entropy says little
+HELD_OUT = "-4:"  # the last four plays, which training never saw
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured.
+
+    Attributes:
+        documents: held-out plays whose perplexity is taken.
+        examples: of each task.
+        tokens: recorded.
+    """
+
+    documents: int
+    examples: int
+    tokens: int
+
+
+FULL = Amounts(documents=2, examples=200, tokens=65536)
+FAST = Amounts(documents=1, examples=20, tokens=8192)
+
+
+def measure_all(
+    runs: Sequence[Run],
+    texts: Sequence[Path],
+    tasks: Sequence[Path],
+    dataset: Path,
+    study: Path,
+    amounts: Amounts,
+    jobs: int,
+) -> dict[str, dict[str, Any]]:
+    """Measure what was not measured before; returns the measures by name of the run."""
+    missing = [run for run in runs if _read(run) is None]
+    shared = (list(texts)[-amounts.documents :], list(tasks), dataset, study, amounts)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for name in pool.map(_measure, missing, *([one] * len(missing) for one in shared)):
+            print(f"measured {name}", flush=True)
+    found = {run.name: _read(run) for run in runs}
+    return {name: measures for name, measures in found.items() if measures is not None}
+
+
+def recordings(run: Run) -> dict[int, str]:
+    """Names of a run's recordings by k."""
+    if run.variant == "dense":
+        return {k: f"{run.directory.name}-k{k}" for k in K_OF_DENSE}
+    return {run.k: run.directory.name}
+
+
+def folder_of(run: Run) -> Path:
+    """Its Hugging Face folder."""
+    return run.directory / "hf"
+
+
+def _read(run: Run) -> dict[str, Any] | None:
+    path = run.directory / "measures.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _measure(
+    run: Run, texts: list[Path], tasks: list[Path], dataset: Path, study: Path, amounts: Amounts
+) -> str:
+    import torch
+
+    torch.set_num_threads(1)
+    from topk_megatron.evaluation.model import open_model
+    from topk_megatron.evaluation.perplexity import read_documents, window_losses
+    from topk_megatron.evaluation.tasks import evaluate_tasks
+    from topk_megatron.hf.export import ExportSettings, export_checkpoint
+    from topk_megatron.testing.launch import read_scalars
+
+    shutil.rmtree(folder_of(run), ignore_errors=True)
+    export_checkpoint(run.directory / "checkpoints", folder_of(run), ExportSettings())
+    opened = open_model(folder_of(run))
+    losses, counts = window_losses(opened, read_documents([str(path) for path in texts]))
+    scores = evaluate_tasks(opened, [str(path) for path in tasks], limit=amounts.examples)
+    events = run.directory / "tensorboard"
+    found = {
+        "losses": losses,
+        "counts": counts,
+        "tasks": scores,
+        "training_loss": list(read_scalars(events, "lm loss").items()),
+        "neurons": _record(run, dataset, study, amounts),
+    }
+    temporary = run.directory / "measures.json.partial"
+    temporary.write_text(json.dumps(found))
+    temporary.rename(run.directory / "measures.json")
+    return run.name
+
+
+def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str, dict[str, Any]]:
+    """Record the run; by "k/layer", the share of silent neurons and the others' token entropies."""
+    from topk_megatron.analysis.corpus import open_corpus
+    from topk_megatron.analysis.folder import open_folder
+    from topk_megatron.analysis.measures import corrected_entropy
+    from topk_megatron.analysis.record import RecordConfig, record
+    from topk_megatron.analysis.source import make_source
+
+    folder = open_folder(folder_of(run))
+    corpus = open_corpus(
+        str(dataset), lambda: folder.tokenizer, documents=HELD_OUT, max_tokens=amounts.tokens
+    )
+    is_dense = not folder.topk_layers  # also with a TopK inside the MLP only
+    found: dict[str, dict[str, Any]] = {}
+    for k, name in recordings(run).items():
+        chosen: dict[str, Any] = {"layers": LAYERS_OF_DENSE, "k": k} if is_dense else {}
+        config = RecordConfig(study=study, run=name, raw=False, overwrite=True)
+        done = record(make_source(folder, **chosen), corpus, config)
+        for layer in done.layers:
+            histogram = done.histogram(layer)
+            entropy = corrected_entropy(histogram.counts, histogram.neurons, histogram.width)
+            found[f"{k}/{layer}"] = {
+                "silent": float((histogram.totals == 0).mean()),
+                "token_entropy": entropy[histogram.totals >= MIN_COUNT].round(4).tolist(),
+            }
+    return found

@@ -1,0 +1,93 @@
+"""The paper's experiments at laptop scale: train, convert, analyse, write RESULTS.md.
+
+    make paper             # about an hour on two cores
+    make paper-fast        # four variants, one seed, a few steps: every part runs, for tests
+
+Every training run is described by one file of variants/ (and base.args) and is cached under a hash
+of its flags and data: the command goes on where it was stopped, and a changed file trains anew.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent / "quickstart")]
+import deep  # noqa: E402
+import measure  # noqa: E402
+from grid import Run, make_grid  # noqa: E402
+from plays import fetch_plays, held_out, prepare_data  # noqa: E402
+from results import Facts, write_results  # noqa: E402
+from training import Data, train_all  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "paper")
+    parser.add_argument("--fast", action="store_true", help="the short form")
+    parser.add_argument("--jobs", type=int, default=2, help="models trained side by side")
+    parser.add_argument(
+        "--results", type=Path, help="where RESULTS.md goes (default: here; --fast: the directory)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every step that is not done."""
+    args = parse()
+    started = time.perf_counter()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    data, plays = prepare(args.directory)
+    runs = make_grid(args.directory, hash_of(data), fast=args.fast)
+    train_all(runs, data, args.jobs)
+    tasks = sorted((HERE.parent / "quickstart" / "tasks").glob("*.yaml"))
+    amounts = measure.FAST if args.fast else measure.FULL
+    study = args.directory / ("study-fast" if args.fast else "study")
+    measures = measure.measure_all(runs, plays, tasks, data.dataset, study, amounts, args.jobs)
+    studies = study_pairs(runs, data.dataset, args.directory, fast=args.fast)
+    training = sum(
+        json.loads((run.directory / "trained.json").read_text())["seconds"] for run in runs
+    )
+    command = "make paper-fast" if args.fast else "make paper"
+    facts = Facts(command, time.perf_counter() - started, training)
+    target = args.results or (args.directory if args.fast else HERE)
+    print(f"results: {write_results(runs, measures, studies, target, facts)}")
+    for report in studies:
+        print(f"neurons (open it in a browser): {report / 'report.html'}")
+    print(f"whole run: {facts.seconds:.0f} s")
+
+
+def prepare(directory: Path) -> tuple[Data, list[Path]]:
+    """Text, tokenizer and dataset, as the quickstart makes them; and the held-out plays."""
+    plays = fetch_plays(directory)
+    dataset, tokenizer = prepare_data(directory, plays)
+    return Data(dataset, tokenizer), held_out(plays)
+
+
+def hash_of(data: Data) -> str:
+    """Of everything that the models read."""
+    digest = hashlib.sha256()
+    for path in (Path(f"{data.dataset}.bin"), Path(f"{data.dataset}.idx"), data.tokenizer):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def study_pairs(runs: list[Run], dataset: Path, directory: Path, *, fast: bool) -> list[Path]:
+    """The whole analysis of the centre and its dense twin, for each seed."""
+    amounts = deep.FAST if fast else deep.FULL
+    found = []
+    for topk in (run for run in runs if run.variant == "topk"):
+        (dense,) = (run for run in runs if run.variant == "dense" and run.seed == topk.seed)
+        found.append(deep.study_pair(topk, dense, dataset, directory, amounts))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -14,11 +14,7 @@ SHIPPED = ("topk_megatron", "tools", "examples", "benchmarks", "docker", "script
 # The one place that opens pickles of others, through an allow list of classes.
 UNPICKLES = "topk_megatron/hf/torch_dist.py"
 # Where an exported folder's own code is run, in a command whose user names the folder.
-RUNS_MODEL_CODE = {
-    "examples/deepspeed/model.py",
-    "topk_megatron/analysis/folder.py",
-    "topk_megatron/evaluation/model.py",
-}
+RUNS_MODEL_CODE = {"topk_megatron/hf/load.py"}
 MODULES_THAT_UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.hf.export import check_config
 from topk_megatron.hf.folder import new_folder
+from topk_megatron.hf.load import load_model, load_tokenizer
 from topk_megatron.hf.shards import INDEX, ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.weights import read_json
 
 RECORD = "deepspeed_training.json"
 _SHARD_BYTES = 2 * 2**30
-_OFFLINE: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -52,13 +52,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> Any:
     Raises:
         CheckpointError: there is none, it has no end token, or it is of another model.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
-    except Exception as error:  # transformers raises a dozen kinds for a broken folder
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: its tokenizer cannot be opened: {reason}") from error
+    tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None or len(tokenizer) > vocab_size:
         raise CheckpointError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens and end token "
@@ -74,13 +68,13 @@ def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: the folder cannot be opened, or its weights do not fit its configuration.
     """
+    from deepspeed.accelerator import get_accelerator
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    from topk_megatron.evaluation.model import open_model as open_folder
 
     # While this object lives, transformers splits what it opens if the settings ask for it.
     splitting = HfDeepSpeedConfig(settings)
-    model = open_folder(folder, dtype=dtype).model
+    accelerator: Any = get_accelerator()
+    model = load_model(folder, dtype=dtype, device=accelerator.current_device_name())
     del splitting
     return model
 

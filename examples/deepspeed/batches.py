@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,15 @@ class Batches:
     def _shuffled(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(len(self.sequences), generator=generator).tolist()
+
+
+def summed_loss(model: Any, batches: Batches, sequences: list[Example]) -> torch.Tensor:
+    """Cross entropy in nats, summed over the targets of one microbatch."""
+    batch, device = batches.collate(sequences), model.device
+    logits = model(batch.tokens.to(device), batch.mask.to(device), use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), batch.targets.to(device).flatten(), reduction="sum"
+    )
 
 
 def _pack(

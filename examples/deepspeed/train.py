@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from batches import Batches, Example, read_sequences
+from batches import Batches, read_sequences, summed_loss
 from model import check_folder, open_model, open_tokenizer, write_folder
 
 from topk_megatron.cli import exit_on_user_error
@@ -107,15 +107,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def summed_loss(model: Any, batches: Batches, sequences: list[Example]) -> torch.Tensor:
-    """Cross entropy in nats, summed over the targets of one microbatch."""
-    batch, device = batches.collate(sequences), model.device
-    logits = model(batch.tokens.to(device), batch.mask.to(device), use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.to(device).flatten(), reduction="sum"
-    )
-
-
 class Trainer:
     """The loop over steps, its checkpoints and its log.
 
@@ -123,8 +114,7 @@ class Trainer:
         engine: DeepSpeed's.
         batches: the data.
         args: the command line.
-        identity: what must be equal in a run that goes on from this one's checkpoints, as
-            `check_same_run` has it.
+        identity: as `identity_of` has it.
     """
 
     def __init__(
@@ -226,6 +216,23 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
 
 
+def identity_of(
+    args: argparse.Namespace, settings: dict[str, Any], length: int, sequences: int
+) -> dict[str, Any]:
+    """What makes two runs the same run, so that one goes on from the other's checkpoints."""
+    return {
+        "ranks": int(os.environ["WORLD_SIZE"]),
+        "ZeRO stage": settings["zero_optimization"]["stage"],
+        "dtype": args.dtype,
+        "train_batch_size": settings["train_batch_size"],
+        "steps": args.steps,
+        "learning rate": settings["optimizer"]["params"]["lr"],
+        "sequence length": length,
+        "sequences": sequences,
+        "seed": args.seed,
+    }
+
+
 def check_same_run(save: Path, identity: dict[str, Any]) -> None:
     """A run goes on from checkpoints of its own kind only: DeepSpeed's hold the parts of a rank."""
     checkpoints = save / "checkpoints"
@@ -261,17 +268,7 @@ def main() -> None:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     sequences, said = read_sequences(args.data, encode, tokenizer.eos_token_id, length)
-    identity = {
-        "ranks": int(os.environ["WORLD_SIZE"]),
-        "ZeRO stage": settings["zero_optimization"]["stage"],
-        "dtype": args.dtype,
-        "train_batch_size": settings["train_batch_size"],
-        "steps": args.steps,
-        "learning rate": settings["optimizer"]["params"]["lr"],
-        "sequence length": length,
-        "sequences": len(sequences),
-        "seed": args.seed,
-    }
+    identity = identity_of(args, settings, length, len(sequences))
     check_same_run(args.save, identity)
     deepspeed = import_deepspeed()
     deepspeed.init_distributed()

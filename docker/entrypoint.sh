@@ -1,0 +1,11 @@
+#!/bin/sh
+# Flags start the launcher (torchrun, which tells a scheduler how a run ended); a program runs as it is.
+#
+#     docker run … topk-megatron --standalone --nproc-per-node 8 pretrain_topk_gpt.py …
+#     docker run … topk-megatron python tools/convert_checkpoint.py to-hf …
+set -eu
+case "${1:-}" in
+-*) exec python -m topk_megatron.cluster.launch "$@" ;;
+"") exec python -m topk_megatron.cluster.launch --help ;;
+*) exec "$@" ;;
+esac

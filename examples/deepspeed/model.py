@@ -1,0 +1,135 @@
+"""A TopK LM's folder: opened for training, and written again after it, weight by weight.
+
+Under ZeRO-3 no GPU ever holds the whole model; rank 0 reads it into the memory of its node.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_megatron.errors import CheckpointError, ConfigError
+from topk_megatron.hf.export import check_config
+from topk_megatron.hf.folder import new_folder
+from topk_megatron.hf.load import load_model, load_tokenizer
+from topk_megatron.hf.shards import INDEX, ShardWriter, TensorPlan, plan_shards
+from topk_megatron.hf.weights import read_json
+
+RECORD = "deepspeed_training.json"
+_SHARD_BYTES = 2 * 2**30
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """config.json of a TopK LM that can be trained here.
+
+    Raises:
+        CheckpointError: the folder holds no TopK LM.
+        ConfigError: it has experts.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "topk_lm":
+        raise CheckpointError(
+            f"{folder} is not a TopK LM folder: its model_type is {config.get('model_type')!r}, "
+            "expected 'topk_lm'; make one with tools/convert_checkpoint.py to-hf"
+        )
+    check_config(config)
+    if config.get("moe_layers"):
+        raise ConfigError(
+            f"{folder} has experts, which this example does not train: a rank that sends no token "
+            "to an expert would fall out of step with the others; train it with Megatron"
+        )
+    return config
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The folder's own tokenizer.
+
+    Raises:
+        CheckpointError: there is none, it has no end token, or it is of another model.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None or len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens and end token "
+            f"{tokenizer.eos_token_id}, expected at most {vocab_size} and one; put the tokenizer "
+            "there that the model was trained with"
+        )
+    return tokenizer
+
+
+def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
+    """The model with its weights; in parts over the ranks if DeepSpeed's settings say ZeRO-3.
+
+    Raises:
+        CheckpointError: the folder cannot be opened, or its weights do not fit its configuration.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # While this object lives, transformers splits what it opens if the settings ask for it.
+    splitting = HfDeepSpeedConfig(settings)
+    accelerator: Any = get_accelerator()
+    model = load_model(folder, dtype=dtype, device=accelerator.current_device_name())
+    del splitting
+    return model
+
+
+def write_folder(engine: Any, source: Path, target: Path, record: dict[str, Any]) -> None:
+    """Write the trained model as a folder like `source`; every rank calls it.
+
+    Code, tokenizer, model card and settings are those of `source`; weights have the dtype of
+    training. `record` goes into ``deepspeed_training.json``.
+
+    Raises:
+        CheckpointError: `target` exists, or the disk is full.
+    """
+    first = engine.global_rank == 0
+    named = list(engine.module.named_parameters())
+    with new_folder(target) if first else nullcontext(target) as folder:
+        writer = None
+        if first:
+            plans = [TensorPlan(name, _shape(p), p.dtype) for name, p in named]
+            writer = ShardWriter(folder, plan_shards(plans, _SHARD_BYTES))
+        for name, parameter in named:
+            with _whole(parameter) as tensor:
+                if writer is not None:
+                    writer.add(name, tensor.detach().cpu())
+        if writer is not None:
+            writer.finish()
+            _copy_rest(source, folder, named[0][1].dtype, record)
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def _whole(parameter: Any) -> Iterator[Tensor]:
+    """A parameter, gathered from the ranks if it is in parts."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        yield parameter.data
+
+
+def _copy_rest(source: Path, folder: Path, dtype: torch.dtype, record: dict[str, Any]) -> None:
+    """Everything but the weights; config.json comes last, so that a part never opens."""
+    for file in sorted(source.iterdir()):
+        is_weights = file.name == INDEX or file.match("model*.safetensors")
+        if file.is_file() and not is_weights and file.name not in ("config.json", "README.md"):
+            shutil.copyfile(file, folder / file.name)
+    card = source / "README.md"
+    said = f"\nTrained further with DeepSpeed for {record['steps']} steps; see `{RECORD}`.\n"
+    (folder / card.name).write_text((card.read_text() if card.is_file() else "") + said)
+    _write(folder / RECORD, record)
+    config = {**read_json(source / "config.json"), "dtype": str(dtype).removeprefix("torch.")}
+    _write(folder / "config.json", config)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -3,7 +3,7 @@ python := .venv/bin/python
 # Test files that run side by side; each distributed test starts up to four ranks of its own.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart paper paper-fast docs test test-fast lint format bench clean
+.PHONY: help setup quickstart paper paper-fast docs audit test test-fast lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ paper-fast: setup  ## the same with four variants and a few steps, to see that e
 
 docs: setup  ## the documentation as a site in build/site, warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
+audit:  ## compare the pins with the advisory database (needs pip-audit and a network)
+	pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 test: setup  ## the whole test suite, two files at a time (pass options with ARGS=...)
 	@$(python) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)

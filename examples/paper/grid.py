@@ -1,9 +1,10 @@
 """The runs: variants of one model, each a file of flags, each with two seeds."""
 
 import hashlib
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from topk_megatron.plan.flags import read_flags
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
@@ -53,12 +54,6 @@ class Run:
         return int(self.flag("--train-iters"))
 
 
-def read_flags(path: Path) -> tuple[str, tuple[str, ...]]:
-    """First comment and the flags of an argument file."""
-    lines = path.read_text().splitlines()
-    return lines[0].removeprefix("# "), tuple(shlex.split("\n".join(lines), comments=True))
-
-
 def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
     """All runs, dense ones first.
 
@@ -67,7 +62,7 @@ def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
         data_hash: stands for the dataset and the tokenizer.
         fast: the short form.
     """
-    _, base = read_flags(HERE / "base.args")
+    base = tuple(read_flags(HERE / "base.args"))
     if fast:
         base = (*base, "--train-iters", str(FAST_STEPS))
     files = sorted((HERE / "variants").glob("*.args"), key=lambda f: (f.stem != "dense", f.stem))
@@ -76,8 +71,8 @@ def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
         for file in files:
             if fast and file.stem not in FAST_VARIANTS:
                 continue
-            about, own = read_flags(file)
-            flags = (*base, *_shortened(own, fast), "--seed", str(seed))
+            about = file.read_text().splitlines()[0].removeprefix("# ")
+            flags = (*base, *_shortened(tuple(read_flags(file)), fast), "--seed", str(seed))
             digest = hashlib.sha256("\0".join([*flags, data_hash]).encode()).hexdigest()[:10]
             path = directory / f"{file.stem}-seed-{seed}-{digest}"
             runs.append(Run(file.stem, about, seed, flags, path))

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,77 +87,75 @@ number or verdict on it means anything.**
 """
 
 
+def _section(title: str, text: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A heading, some words, and a table by its cells."""
+    lines = [_cells(head), f"|{'---|' * len(head)}", *map(_cells, rows)]
+    return f"## {title}\n\n{text}\n\n" + "\n".join(lines) + "\n"
+
+
+def _cells(row: Sequence[str]) -> str:
+    return f"| {' | '.join(row)} |"
+
+
 def _claims(found: Sequence[Row]) -> str:
-    lines = [
-        "## The paper's claims\n",
-        "One entry a seed where there are several, separated by semicolons. *Undecided*: the",
-        "interval of the difference contains zero, or the seeds disagree.\n",
-        "| claim | here | number |\n|---|---|---|",
-    ]
-    lines += [f"| {row.claim} | **{row.verdict}** | {row.number} |" for row in found]
-    return "\n".join(lines) + "\n"
+    text = (
+        "One entry a seed where there are several, separated by semicolons. *Undecided*: the\n"
+        "interval of the difference contains zero, or the seeds disagree."
+    )
+    cells = ((row.claim, f"**{row.verdict}**", row.number) for row in found)
+    return _section("The paper's claims", text, ("claim", "here", "number"), cells)
 
 
 def _perplexity(variants: dict[str, list[Run]], measures: Measures) -> str:
-    lines = [
-        "## Perplexity beside the dense twin\n",
-        "![Perplexity above the dense twin, by variant](images/gap.png)\n",
-        "| variant | what it is | held-out loss, nats | perplexity above dense, % | each seed, % |",
-        "|---|---|---|---|---|",
-    ]
+    head = ("variant", "what it is", "held-out loss, nats", "perplexity above dense, %")
+    cells = []
     for name, runs in variants.items():
         found = gap(runs, variants["dense"], measures)
-        percent = "-" if name == "dense" else text_of(found.percent, 1)
-        seeds = "-" if name == "dense" else seeds_text(found.seeds)
-        lines.append(f"| {name} | {runs[0].about} | {found.loss:.3f} | {percent} | {seeds} |")
-    return "\n".join(lines) + "\n"
+        above = ("-", "-")
+        if name != "dense":
+            above = (text_of(found.percent, 1), seeds_text(found.seeds))
+        cells.append((name, runs[0].about, f"{found.loss:.3f}", *above))
+    picture = "![Perplexity above the dense twin, by variant](images/gap.png)"
+    return _section("Perplexity beside the dense twin", picture, (*head, "each seed, %"), cells)
 
 
 def _neurons(variants: dict[str, list[Run]], measures: Measures) -> str:
-    lines = [
-        "## Neurons\n",
-        "Mean token entropy in bits of the neurons with at least 50 activations, of all recorded",
-        "layers; beside it the dense twin's, of its k largest neurons at the same k and its first",
-        "four layers. Silent: share of neurons that never fired on the recorded text. With the",
-        "TopK inside the MLP the residual stream is dense and is recorded as the twin's is.\n",
-        "| variant | k | token entropy | dense at this k | silent | dense, silent |",
-        "|---|---|---|---|---|---|",
-    ]
+    text = (
+        "Mean token entropy in bits of the neurons with at least 50 activations, of all recorded\n"
+        "layers; beside it the dense twin's, of its k largest neurons at the same k and its first\n"
+        "four layers. Silent: share of neurons that never fired on the recorded text. With the\n"
+        "TopK inside the MLP the residual stream is dense and is recorded as the twin's is."
+    )
+    head = ("variant", "k", "token entropy", "dense at this k", "silent", "dense, silent")
+    cells = []
     for name, runs in variants.items():
         if name == "dense":
             continue
-        k = runs[0].k
-        own, twin = (entropy(some, measures, k) for some in (runs, variants["dense"]))
-        shares = [100 * silent(some, measures, k) for some in (runs, variants["dense"])]
-        lines.append(
-            f"| {name} | {k} | {text_of(own)} | {text_of(twin)} | {shares[0]:.1f} % | "
-            f"{shares[1]:.1f} % |"
-        )
-    return "\n".join(lines) + "\n"
+        k, pair = runs[0].k, (runs, variants["dense"])
+        entropies = (text_of(entropy(some, measures, k)) for some in pair)
+        shares = (f"{100 * silent(some, measures, k):.1f} %" for some in pair)
+        cells.append((name, str(k), *entropies, *shares))
+    return _section("Neurons", text, head, cells)
 
 
 def _layers(variants: dict[str, list[Run]], measures: Measures) -> str:
     k = variants["topk"][0].k
-    lines = [
-        "## Token entropy by layer\n",
-        "![Token entropy by layer, TopK and dense](images/entropy.png)\n",
-        "| layer | TopK | dense |\n|---|---|---|",
+    cells = [
+        (
+            str(layer),
+            *(text_of(entropy(variants[n], measures, k, layer)) for n in ("topk", "dense")),
+        )
+        for layer in layers_of(variants["topk"], measures, k)
     ]
-    for layer in layers_of(variants["topk"], measures, k):
-        own, twin = (entropy(variants[n], measures, k, layer) for n in ("topk", "dense"))
-        lines.append(f"| {layer} | {text_of(own)} | {text_of(twin)} |")
-    return "\n".join(lines) + "\n"
+    picture = "![Token entropy by layer, TopK and dense](images/entropy.png)"
+    return _section("Token entropy by layer", picture, ("layer", "TopK", "dense"), cells)
 
 
 def _task_scores(variants: dict[str, list[Run]], measures: Measures) -> str:
     tasks = sorted(measures[variants["dense"][0].name]["tasks"])
-    lines = [
-        "## Tasks\n",
-        "Accuracy ± standard error, of examples from held-out plays; 0.25 is chance.\n",
-        f"| variant | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}",
-    ]
+    text = "Accuracy ± standard error, of examples from held-out plays; 0.25 is chance."
+    cells = []
     for name, runs in variants.items():
         scores = (score(runs, measures, task) for task in tasks)
-        cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in scores)
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines) + "\n"
+        cells.append((name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in scores)))
+    return _section("Tasks", text, ("variant", *tasks), cells)

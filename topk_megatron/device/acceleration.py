@@ -5,6 +5,7 @@ missing. Both come with NVIDIA's NGC images; Transformer Engine also from PyPI, 
 project of that name there is another one, which Megatron would take for it.
 """
 
+import functools
 import importlib.util
 import sys
 from argparse import Namespace
@@ -67,6 +68,7 @@ def hide_accelerators() -> None:
         sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]
 
 
+@functools.cache  # an import that fails would be tried again by every caller
 def find_accelerators() -> Accelerators:
     """Look for the packages; imports Transformer Engine, which finds out whether it works."""
     apex = check_apex()

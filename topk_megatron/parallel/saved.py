@@ -26,15 +26,37 @@ from topk_megatron.parallel.selection import INDICES
 from topk_megatron.parallel.verify import Verifier
 
 
-class PackedActivation:
-    """A TopK output [..., H] as values [N, K] and, whichever is smaller, a bitmask or indices.
+class _Packed:
+    """What is kept in place of a dense tensor.
 
     Attributes:
-        nbytes: memory of the packed form, its selection included.
+        nbytes: memory of the packed form.
     """
 
+    nbytes: int
+
+    def __init__(self, x: Tensor, verifier: Verifier) -> None:
+        self._verifier = verifier
+        self._dense = x.detach().clone() if verifier.active else None
+
+    def expand(self) -> Tensor:
+        """The dense tensor, bitwise; compared with `x` the first time, in a verified step."""
+        x = self._rebuild()
+        if self._dense is not None:
+            self._verifier.check("saved activations", x, self._dense)
+            self._dense = None
+        return x
+
+    def _rebuild(self) -> Tensor:
+        raise NotImplementedError
+
+
+class PackedActivation(_Packed):
+    """A TopK output [..., H] as values [N, K] and, whichever is smaller, a bitmask or indices."""
+
     def __init__(self, known: "_Known", x: Tensor, verifier: Verifier) -> None:
-        self._shape, self._k, self._verifier = known.shape, known.k, verifier
+        super().__init__(x, verifier)
+        self._shape, self._k = known.shape, known.k
         rows = x.detach().reshape(-1, known.shape[-1])
         indices = known.indices
         if indices is None:
@@ -46,46 +68,30 @@ class PackedActivation:
         else:  # the transport keeps them in any case
             self._selection, self._is_mask = indices, False
         self._values = OPS.gather_row(rows, indices)
-        self._dense = x.detach().clone() if verifier.active else None
+        self.nbytes = self._values.nbytes + self._selection.nbytes
 
-    @property
-    def nbytes(self) -> int:
-        return self._values.nbytes + self._selection.nbytes
-
-    def expand(self) -> Tensor:
-        """The dense tensor, bitwise."""
+    def _rebuild(self) -> Tensor:
         hidden_size, indices = self._shape[-1], self._selection
         if self._is_mask:
             indices = OPS.bits_to_indices(self._selection, hidden_size, self._k)
-        x = OPS.scatter_row(self._values, indices, hidden_size).view(self._shape)
-        if self._dense is not None:
-            self._verifier.check("saved activations", x, self._dense)
-            self._dense = None
-        return x
+        return OPS.scatter_row(self._values, indices, hidden_size).view(self._shape)
 
 
-class EmbeddedTokens:
+class EmbeddedTokens(_Packed):
     """The embedding's output [s, b, H] as the token ids that it came from.
 
-    Attributes:
-        nbytes: memory of the ids.
+    Every tensor-parallel rank expands it, for the lookup may reduce over them.
     """
 
     def __init__(
         self, lookup: Callable[[], Tensor], nbytes: int, x: Tensor, verifier: Verifier
     ) -> None:
-        self.nbytes = nbytes
-        self._lookup, self._verifier = lookup, verifier
-        self._dense = x.detach().clone() if verifier.active else None
+        super().__init__(x, verifier)
+        self.nbytes, self._lookup = nbytes, lookup
 
-    def expand(self) -> Tensor:
-        """The dense tensor, bitwise; on every tensor-parallel rank, for the lookup may reduce."""
+    def _rebuild(self) -> Tensor:
         with torch.no_grad():
-            x = self._lookup()
-        if self._dense is not None:
-            self._verifier.check("saved activations", x, self._dense)
-            self._dense = None
-        return x
+            return self._lookup()
 
 
 class SparseSaver:
@@ -173,7 +179,7 @@ class _Memory:
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.address = x.shape, x.dtype, x.data_ptr()
-        self.packed: PackedActivation | EmbeddedTokens | None = None
+        self.packed: _Packed | None = None
         self._storage = StorageWeakRef(x.untyped_storage())
         self._version = x._version
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from topk_megatron.model.probe import NEVER_SEEN
 from topk_megatron.model.runtime import TopKRuntime
+from topk_megatron.train.wrapping import argument_reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +136,14 @@ def install_metrics(runtime: TopKRuntime) -> None:
     logger = MetricsLogger(runtime)
     module: Any = training
     original = module.training_log
-    position = original.__code__.co_varnames.index("iteration")
+    iteration_of = argument_reader(original, "iteration")
 
     @functools.wraps(original)
     def training_log(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         settings: Any = get_args()
-        iteration = kwargs["iteration"] if "iteration" in kwargs else args[position]
         tokens = get_current_global_batch_size() * settings.seq_length
-        logger.after_step(settings, iteration, tokens)
+        logger.after_step(settings, iteration_of(args, kwargs), tokens)
         return result
 
     module.training_log = training_log

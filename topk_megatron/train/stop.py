@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.exitcodes import REQUEUE
+from topk_megatron.train.wrapping import argument_reader
 
 _NOTE = "TOPK_STOP_NOTE"  # as in topk_megatron.cluster.launch
 
@@ -34,7 +35,7 @@ class StopWatch:
 
         module: Any = training
         original = module.checkpoint_and_decide_exit
-        position = original.__code__.co_varnames.index("iteration")
+        iteration_of = argument_reader(original, "iteration")
 
         @functools.wraps(original)
         def decide(*args: Any, **kwargs: Any) -> bool:
@@ -44,7 +45,7 @@ class StopWatch:
             if leaving and settings.exit_signal_handler:
                 handler: Any = get_signal_handler()
                 if any(handler.signals_received()):
-                    self.iteration = kwargs["iteration"] if kwargs else args[position]
+                    self.iteration = iteration_of(args, kwargs)
             return leaving
 
         module.checkpoint_and_decide_exit = decide

@@ -200,6 +200,8 @@ class _Recorder:
             self._check_same(read_json(plan))
         elif ranks.rank == 0:
             write_json(plan, self.plan)
+        if ranks.rank == 0:
+            tables.remove_partial(self.directory)
         ranks.barrier()
         return True
 
@@ -282,7 +284,6 @@ class _Recorder:
         files = {
             str(path.relative_to(self.directory)): tables.file_facts(path)
             for path in sorted(self.directory.rglob("*.parquet"))
-            if not path.name.startswith(".")
         }
         total = len(self.corpus.tokens)
         raw = sum(f["bytes"] for n, f in files.items() if n.startswith(("activations", "tokens")))

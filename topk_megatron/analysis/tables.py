@@ -14,6 +14,7 @@ from topk_megatron.errors import AnalysisError
 
 COMPRESSION = "zstd"
 _LEVEL = 1
+_PARTIAL = ".partial-"
 
 VOCABULARY = pa.schema([("token", pa.int32()), ("text", pa.string()), ("count", pa.int64())])
 NEURONS = pa.schema(
@@ -72,12 +73,21 @@ TOKENS = pa.schema([("position", pa.int64()), ("document", pa.int32()), ("token"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` in one step if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(directory: Path) -> None:
+    """Delete what killed processes left of files that they were writing below `directory`.
+
+    No other process may be writing there.
+    """
+    for path in directory.rglob(f".*{_PARTIAL}*"):
+        path.unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

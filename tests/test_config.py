@@ -1,6 +1,7 @@
 """Which settings are accepted, what they mean, and what a wrong one is told."""
 
 from argparse import Namespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -126,23 +127,39 @@ def test_missing_and_unknown_settings_of_a_checkpoint_are_errors(change: dict[st
         TopKConfig.from_dict(settings)
 
 
+_FLAGS = ("k", "layers", "mode", "anneal", "anneal_start_k", "anneal_begin", "anneal_end")
+_MLP_FLAGS = ("site", "mlp_k", "mlp_groups")
+
+
+def from_flags(**chosen: Any) -> TopKConfig:
+    flags = {f"topk_{name}": chosen.pop(name, None) for name in (*_FLAGS, *_MLP_FLAGS)}
+    return TopKConfig.from_args(Namespace(hidden_size=256, num_layers=6, **flags, **chosen))
+
+
 def test_defaults_are_a_sixteenth_of_the_neurons_at_all_but_two_layers() -> None:
-    flags = dict.fromkeys(
-        [
-            "topk_k",
-            "topk_layers",
-            "topk_mode",
-            "topk_anneal",
-            "topk_anneal_start_k",
-            "topk_anneal_begin",
-            "topk_anneal_end",
-            "topk_site",
-            "topk_mlp_k",
-            "topk_mlp_groups",
-        ]
-    )
-    settings = TopKConfig.from_args(Namespace(hidden_size=256, num_layers=6, **flags))
+    settings = from_flags()
     assert (settings.k, settings.layers, settings.mode) == (16, (0, 1, 2, 3), "value")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "end"),
+    [
+        ({"anneal": "linear", "train_iters": 100}, 50),
+        ({"anneal": "linear", "train_iters": 100, "anneal_begin": 20}, 60),
+        ({"anneal": "linear", "train_iters": 100, "anneal_end": 7}, 7),
+        ({"anneal": "linear", "train_iters": 1}, 1),
+        ({"anneal": "linear", "anneal_end": 7}, 7),
+        ({"anneal": "constant", "train_iters": 100}, 0),
+        ({"train_iters": 100}, 0),
+    ],
+)
+def test_annealing_ends_half_way_unless_told_otherwise(chosen: dict[str, Any], end: int) -> None:
+    assert from_flags(**chosen).anneal_end == end
+
+
+def test_without_a_number_of_iterations_the_end_of_annealing_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="--topk-anneal-end unless --train-iters"):
+        from_flags(anneal="linear", train_iters=None)
 
 
 KINDS = ("linear", "cosine", "exponential")

@@ -157,7 +157,9 @@ class TopKConfig:
             anneal=args.topk_anneal or "constant",
             anneal_start_k=args.topk_anneal_start_k,
             anneal_begin=args.topk_anneal_begin or 0,
-            anneal_end=args.topk_anneal_end or 0,
+            anneal_end=default_anneal_end(args)
+            if args.topk_anneal_end is None
+            else args.topk_anneal_end,
             site=args.topk_site or "residual",
             mlp_k=args.topk_mlp_k,
             mlp_groups=args.topk_mlp_groups,
@@ -181,6 +183,20 @@ class TopKConfig:
             odd = ", ".join(sorted(set(settings) ^ known))
             raise ConfigError(f"TopK settings have missing or unknown entries: {odd}")
         return cls(**{**settings, "layers": tuple(settings["layers"])})
+
+
+def default_anneal_end(args: Namespace) -> int:
+    """Half of the way from the begin of annealing to the end of training; 0 where k is constant.
+
+    Raises:
+        ConfigError: training's length is not given in iterations.
+    """
+    if args.topk_anneal in (None, "constant"):
+        return 0
+    if (iterations := getattr(args, "train_iters", None)) is None:
+        raise ConfigError("--topk-anneal needs --topk-anneal-end unless --train-iters is given")
+    begin = args.topk_anneal_begin or 0
+    return begin + max(1, (iterations - begin) // 2)
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ MODEL = (
 TRAINING = (
     "--micro-batch-size 4 --global-batch-size 8 --lr 1.5e-3 --min-lr 1.5e-4 "
     "--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 "
-    "--clip-grad 1.0 --split 90,10,0 --eval-iters 90 --log-interval 10 --num-workers 0 "
+    "--clip-grad 1.0 --split 90,10,0 --eval-iters 60 --log-interval 10 --num-workers 0 "
     "--use-distributed-optimizer"
 )
 VARIANTS = {
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "quickstart")
-    parser.add_argument("--steps", type=int, default=360, help="training steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of 2,048 tokens")
     parser.add_argument("--sample-tokens", type=int, default=80, help="tokens of each sample")
     return parser.parse_args()
 

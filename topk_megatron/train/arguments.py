@@ -89,7 +89,8 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--topk-anneal-end",
         type=int,
         metavar="ITERATION",
-        help="iteration from which k is --topk-k; required unless --topk-anneal is constant",
+        help="iteration from which k is --topk-k (default: half of the way from "
+        "--topk-anneal-begin to --train-iters)",
     )
     group.add_argument(
         "--topk-site",

@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.config import TopKConfig, parse_layers
+from topk_megatron.config import TopKConfig, default_anneal_end, parse_layers
 from topk_megatron.errors import CheckpointError
 from topk_megatron.train.damage import find_damage
 
@@ -67,6 +67,8 @@ def choose_settings(args: Namespace) -> TopKConfig:
             given = {name: value for name, value in given.items() if value is not None}
             if "layers" in given:
                 given["layers"] = parse_layers(given["layers"], args.num_layers)
+            if given.get("anneal", "constant") != "constant" and "anneal_end" not in given:
+                given["anneal_end"] = default_anneal_end(args)
             before = TopKConfig.from_dict(settings).to_dict()
             if given.get("site") == "residual":
                 before.update(mlp_k=None, mlp_groups=None)

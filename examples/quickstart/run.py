@@ -40,7 +40,7 @@ TRAINING = (
     "--use-distributed-optimizer"
 )
 VARIANTS = {
-    "topk": "--topk-k 32 --topk-layers all,-2",
+    "topk": "--topk-k 32 --topk-layers all,-2 --topk-anneal exponential",
     "dense": "--topk-layers none",
 }
 PROMPT = "**ROMEO**  \n"

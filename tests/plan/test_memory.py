@@ -135,3 +135,13 @@ def test_fullest_stage_is_the_maximum_over_all(small: Callable[..., Shape]) -> N
     totals = [memory_of(shape, layout, stage).total(sparse_save=False) for stage in range(4)]
     assert fullest(shape, layout).total(sparse_save=False) == max(totals)
     assert fullest(shape, layout).stage == 3  # logits of so many pieces
+
+
+def test_while_k_anneals_from_the_whole_state_memory_holds_it_densely(
+    small: Callable[..., Shape],
+) -> None:
+    layout = Layout(tp=1, pp=1, dp=1, recompute=True, sparse_save=True)
+    flags = ("--topk-anneal", "exponential", "--train-iters", "10")
+    whole, part = small(*flags), small(*flags, "--topk-anneal-start-k", "8")
+    kept = [input_bytes(shape, layout, 1, sparse=True) for shape in (small(), part, whole)]
+    assert kept[0] < kept[1] < kept[2] == 2 * whole.hidden

@@ -82,9 +82,15 @@ def fullest(shape: Shape, layout: Layout) -> Memory:
     return max(stages, key=lambda memory: memory.total(sparse_save=layout.sparse_save))
 
 
-def wire_of(shape: Shape) -> WireFormat | None:
-    """How a TopK output travels and is kept at the final k; None where dense is as good."""
-    return wire_format(shape.hidden, shape.topk.k, torch.bfloat16)
+def wire_of(shape: Shape, *, at_peak: bool = False) -> WireFormat | None:
+    """How a TopK output travels and is kept; None where dense is as good.
+
+    Args:
+        shape: the model.
+        at_peak: at the largest k of an annealing, which memory has to hold, and not at the final k.
+    """
+    k = max(shape.topk.k, shape.topk.start_k) if at_peak else shape.topk.k
+    return wire_format(shape.hidden, k, torch.bfloat16)
 
 
 def layer_bytes(shape: Shape, layer: int) -> float:
@@ -101,7 +107,7 @@ def input_bytes(shape: Shape, layout: Layout, layer: int, *, sparse: bool) -> fl
     What the first layer of a stage received stays dense unless it was sent sparsely. What the
     embedding gave is looked up again, unless there is dropout: every rank keeps ids and positions.
     """
-    wire = wire_of(shape)
+    wire = wire_of(shape, at_peak=True)
     if sparse and layer == 0 and shape.topk.residual_layers and not shape.dropout:
         return _IDS * layout.tp
     first_of_stage = layer % (shape.layers // layout.pp) == 0

@@ -121,7 +121,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--topk-silent-tokens",
         type=int,
-        default=1_000_000,
+        default=100_000,
         metavar="TOKENS",
         help="a neuron is silent when it was zero for this many tokens (default: %(default)s)",
     )

@@ -1,9 +1,7 @@
 """Writes RESULTS.md: claims, tables and plots, every number from the runs."""
 
-import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from claims import Row, rows, text_of
@@ -21,25 +19,13 @@ from grid import Run
 from plots import plot_entropy, plot_gaps, plot_training
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the head of the page says.
-
-    Attributes:
-        command: that made the page.
-        seconds: of this run of it; what was cached is not in it.
-        training_seconds: of all training runs together.
-    """
-
-    command: str
-    seconds: float
-    training_seconds: float
-
-
 def write_results(
-    runs: Sequence[Run], measures: Measures, studies: Sequence[Path], target: Path, facts: Facts
+    runs: Sequence[Run], measures: Measures, studies: Sequence[Path], target: Path, command: str
 ) -> Path:
-    """Write the page and its pictures into the folder `target`; returns the page."""
+    """Write the page and its pictures into the folder `target`; returns the page.
+
+    `command` is the one that made them, which the page names.
+    """
     variants = by_variant(runs)
     images = target / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -47,7 +33,7 @@ def write_results(
     plot_entropy(variants, measures, images / "entropy.png")
     plot_training(variants, measures, images / "training.png")
     parts = [
-        _head(runs, facts),
+        _head(runs, command),
         _claims(rows(variants, measures, studies)),
         _perplexity(variants, measures),
         _neurons(variants, measures),
@@ -60,20 +46,19 @@ def write_results(
     return page
 
 
-def _head(runs: Sequence[Run], facts: Facts) -> str:
+def _head(runs: Sequence[Run], command: str) -> str:
     import torch
 
     tokens = int(runs[0].flag("--train-iters")) * int(runs[0].flag("--global-batch-size"))
     tokens *= int(runs[0].flag("--seq-length"))
     seeds = len({run.seed for run in runs})
-    warning = "" if "fast" not in facts.command else _FAST_WARNING
+    warning = "" if "fast" not in command else _FAST_WARNING
     return f"""# The paper at laptop scale: results
 
-{warning}Written by `{facts.command}`; do not edit. {len(runs)} models of 6 layers and H = 256
+{warning}Written by `{command}`; do not edit. {len(runs)} models of 6 layers and H = 256
 trained on {tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a
-variant, measured on plays that none has seen. {os.cpu_count()} CPUs, {platform.machine()}, torch
-{torch.__version__}; training took {facts.training_seconds / 60:.0f} minutes of one core, this run
-of the command {facts.seconds / 60:.0f} minutes.
+variant, measured on plays that none has seen. One {platform.machine()} core a model, torch
+{torch.__version__}.
 
 Square brackets are 95 % intervals: over windows of text for perplexity, over neurons for entropies,
 over neurons or samples elsewhere. Seeds are too few for an interval over them; where they are

@@ -21,7 +21,7 @@ import deep  # noqa: E402
 import measure  # noqa: E402
 from grid import Run, make_grid  # noqa: E402
 from plays import fetch_plays, held_out, prepare_data  # noqa: E402
-from results import Facts, write_results  # noqa: E402
+from results import write_results  # noqa: E402
 from training import Data, train_all  # noqa: E402
 
 
@@ -52,16 +52,12 @@ def main() -> None:
     study = args.directory / ("study-fast" if args.fast else "study")
     measures = measure.measure_all(runs, plays, tasks, data.dataset, study, amounts, args.jobs)
     studies = study_pairs(runs, data.dataset, args.directory, fast=args.fast)
-    training = sum(
-        json.loads((run.directory / "trained.json").read_text())["seconds"] for run in runs
-    )
     command = "make paper-fast" if args.fast else "make paper"
-    facts = Facts(command, time.perf_counter() - started, training)
     target = args.results or (args.directory if args.fast else HERE)
-    print(f"results: {write_results(runs, measures, studies, target, facts)}")
+    print(f"results: {write_results(runs, measures, studies, target, command)}")
     for report in studies:
         print(f"neurons (open it in a browser): {report / 'report.html'}")
-    print(f"whole run: {facts.seconds:.0f} s")
+    print(f"whole run: {time.perf_counter() - started:.0f} s")
 
 
 def prepare(directory: Path) -> tuple[Data, list[Path]]:

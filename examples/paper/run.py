@@ -9,7 +9,6 @@ of its flags and data: the command goes on where it was stopped, and a changed f
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path

@@ -47,7 +47,8 @@ class RecordConfig:
         batch_size: sequences of a forward pass; None takes about 4096 tokens.
         block_tokens: tokens of a block, cut down to whole sequences.
         top_n: examples kept of every neuron.
-        before, after: tokens of an example's window.
+        before: tokens of an example's window before the neuron fired.
+        after: tokens of it afterwards.
         raw: also write every activation.
         bootstrap_neurons: neurons of each layer whose histograms are kept by block.
         overwrite: replace a run of this name.

@@ -28,7 +28,8 @@ class MatchConfig:
         study: the study directory.
         min_count: activations that a neuron needs.
         threshold: least affinity, and least cosine of decoder directions.
-        bootstrap, seed: of the intervals.
+        bootstrap: resamples of an interval.
+        seed: of the resampling.
     """
 
     study: Path

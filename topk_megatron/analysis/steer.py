@@ -38,16 +38,19 @@ class SteerConfig:
     """What to push, and how far.
 
     Attributes:
-        study, run: where the neurons were recorded.
+        study: the study directory.
+        run: name of the recording of this model in it.
         neurons: (layer, neuron) pairs; None draws `sample` of each layer.
         sample: neurons drawn of each layer.
         min_count: activations that a drawn neuron needs.
         strengths: in multiples of a neuron's largest recorded value.
         samples: prompts that each push continues.
-        prompt_tokens, new_tokens: lengths.
+        prompt_tokens: tokens that are continued.
+        new_tokens: tokens that are written.
         temperature: 0 takes the likeliest token.
         rows: of a batch.
-        seed, bootstrap: of everything random; resamples.
+        seed: of everything random.
+        bootstrap: resamples of an interval.
     """
 
     study: Path
@@ -70,7 +73,9 @@ class Subject:
     """A neuron to push, and its control.
 
     Attributes:
-        layer, neuron, control: numbers.
+        layer: its layer.
+        neuron: its number.
+        control: number of its control.
         unit: the neuron's largest recorded value; a strength of 1 adds it.
         concept: token ids that set the neuron apart.
         promoted: token ids whose logits a push raises most; filled by `steer`.

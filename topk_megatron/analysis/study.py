@@ -23,7 +23,8 @@ class Histogram:
     """Token histograms of one layer, of all neurons in a row.
 
     Attributes:
-        width, vocab_size: neurons N of the layer, tokens V.
+        width: neurons N of the layer.
+        vocab_size: tokens V.
         starts: int64 [N + 1]; neuron n has the entries starts[n] to starts[n + 1].
         tokens: int32, ascending within a neuron.
         counts: int64, activations on that token.

@@ -31,7 +31,8 @@ class TrackConfig:
             of the corpus: 2 bits are a quarter of the effective vocabulary.
         formed_similarity: a neuron is formed once its similarity to the end stays above.
         context_neurons: neurons of each layer whose contexts are embedded; 0 embeds none.
-        bootstrap, seed: of the intervals.
+        bootstrap: resamples of an interval.
+        seed: of the resampling.
     """
 
     study: Path

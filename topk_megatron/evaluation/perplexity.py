@@ -38,7 +38,8 @@ class Perplexity:
 
     Attributes:
         loss: nats a token.
-        low, high: 95 % interval of the loss, from resampling windows.
+        low: lower end of the 95 % interval of the loss, from resampling windows.
+        high: its upper end.
         perplexity: e to the loss.
         bits_per_byte: of the UTF-8 text, comparable between tokenizers.
         tokens: tokens that were predicted.

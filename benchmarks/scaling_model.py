@@ -19,7 +19,7 @@ from topk_megatron.testing.launch import REPOSITORY
 # One sequence of 4096 a microbatch, a TopK at every boundary, no dropout.
 COMMON = [
     *("--seq-length", "4096", "--micro-batch-size", "1"),
-    *("--topk-layers", "all", "--hidden-dropout", "0"),
+    *("--topk-layers", "all", "--topk-anneal", "constant", "--hidden-dropout", "0"),
 ]
 GPT3 = [
     *("--num-layers", "96", "--hidden-size", "12288", "--num-attention-heads", "96"),

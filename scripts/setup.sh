@@ -67,7 +67,7 @@ fi
 pip="$venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
 : >"$log"
 if [ "$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)" != "$packages" ]; then
-    say "installing pinned dependencies (about 6 GB and a few minutes the first time)"
+    say "installing pinned dependencies (about 7 GB and a few minutes the first time)"
     # torch and setuptools come first: the extension is built against exactly this torch.
     run_logged $pip setuptools ninja torch numpy
     run_logged $pip --no-build-isolation --editable '.[dev]'

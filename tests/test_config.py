@@ -157,6 +157,11 @@ def test_annealing_ends_half_way_unless_told_otherwise(chosen: dict[str, Any], e
     assert from_flags(**chosen).anneal_end == end
 
 
+def test_annealing_that_would_begin_after_the_training_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be below --train-iters 100, got 100"):
+        from_flags(anneal="linear", anneal_begin=100, train_iters=100)
+
+
 def test_without_a_number_of_iterations_the_end_of_annealing_must_be_given() -> None:
     with pytest.raises(ConfigError, match="--topk-anneal-end unless --train-iters"):
         from_flags(anneal="linear", train_iters=None)

@@ -189,13 +189,18 @@ def default_anneal_end(args: Namespace) -> int:
     """Half of the way from the begin of annealing to the end of training; 0 where k is constant.
 
     Raises:
-        ConfigError: training's length is not given in iterations.
+        ConfigError: training's length is not given in iterations, or ends before annealing begins.
     """
     if args.topk_anneal in (None, "constant"):
         return 0
     if (iterations := getattr(args, "train_iters", None)) is None:
         raise ConfigError("--topk-anneal needs --topk-anneal-end unless --train-iters is given")
     begin = args.topk_anneal_begin or 0
+    if begin >= iterations:
+        raise ConfigError(
+            f"--topk-anneal-begin must be below --train-iters {iterations}, got {begin}; k would "
+            "never change"
+        )
     return begin + max(1, (iterations - begin) // 2)
 
 

@@ -35,7 +35,7 @@ def rows(variants: dict[str, list[Run]], measures: Measures, studies: Sequence[P
     found.append(_steering(studies))
     found.append(_stability(studies))
     found += [
-        Row("The same holds with 24 layers and 1 billion parameters", UNTESTED, "6 layers, 5.7 M"),
+        Row("The same holds with 24 layers and 1 billion parameters", UNTESTED, "6 layers, 5.6 M"),
         Row("Other tasks, longer contexts, larger models (its future work)", UNTESTED, "-"),
     ]
     return found

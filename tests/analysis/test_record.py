@@ -249,6 +249,8 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
 ) -> None:
     before = (topk_run.directory / "manifest.json").stat().st_mtime_ns
     make_run(topk_folder, token_corpus, study, "topk")
+    elsewhere = Path(os.path.relpath(topk_folder))  # the same model, under another name
+    make_run(elsewhere, Path(os.path.relpath(token_corpus)), study, "topk")
     assert (topk_run.directory / "manifest.json").stat().st_mtime_ns == before
     config = RecordConfig(study=study, run="topk", **{**SETTINGS, "top_n": 6})
     with pytest.raises(AnalysisError, match="begun with another top_n"):

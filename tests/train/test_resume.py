@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
-from topk_megatron.train.resume import TRACKER, compare_topk, find_checkpoint
+from topk_megatron.train import resume
+from topk_megatron.train.resume import TRACKER, choose_settings, compare_topk, find_checkpoint
 
 
 def checkpoint(load: Path, iteration: int, *parts: str) -> Path:
@@ -164,3 +165,72 @@ def test_each_flag_wins_over_the_settings_of_the_checkpoint(
     saved.topk = with_mlp.to_dict()
     args.topk_site, args.topk_mlp_k = "residual", None
     assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))
+
+
+ANNEALED = {"anneal": "linear", "anneal_begin": 2, "anneal_end": 9}
+
+
+def run_flags(**given: object) -> Namespace:
+    """Parsed flags of a run that resumes, with the TopK flags that are given."""
+    names = ("k", "layers", "mode", "site", "mlp_k", "mlp_groups")
+    names += ("anneal", "anneal_start_k", "anneal_begin", "anneal_end")
+    flags = {f"topk_{name}": given.pop(name, None) for name in names}
+    rest = {"use_checkpoint_args": False, "finetune": False, "train_iters": 40, **given}
+    return Namespace(load="run", ckpt_step=None, hidden_size=64, num_layers=4, **flags, **rest)
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Namespace:
+    """Arguments that the checkpoint holds; set `topk`."""
+    arguments = Namespace(topk=None)
+    monkeypatch.setattr(resume, "find_checkpoint", lambda *_: tmp_path)
+    monkeypatch.setattr(resume, "read_checkpoint_args", lambda _: arguments)
+    return arguments
+
+
+SAME = {"k": 8, "layers": "0-1", "anneal": "linear", "anneal_begin": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, 9),  # the end that the run was begun with, though --train-iters now says 21
+        ({"anneal_end": 30}, 30),
+        ({"anneal": "cosine"}, 21),
+        ({"anneal_begin": 4}, 22),
+        ({"finetune": True}, 21),
+    ],
+)
+def test_a_longer_run_keeps_its_end_of_annealing(
+    changes: dict[str, object], end: int, saved: Namespace
+) -> None:
+    saved.topk = settings(**ANNEALED).to_dict()
+    assert choose_settings(run_flags(**{**SAME, **changes})).anneal_end == end
+
+
+def test_the_end_of_annealing_is_half_way_where_the_checkpoint_has_none(saved: Namespace) -> None:
+    assert choose_settings(run_flags(**SAME)).anneal_end == 21
+    saved.topk = settings().to_dict()
+    assert choose_settings(run_flags(**SAME)).anneal_end == 21
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "expected"),
+    [
+        ({"anneal": "constant"}, ANNEALED, ("constant", 0, 0)),
+        ({"anneal": "cosine"}, ANNEALED, ("cosine", 2, 9)),
+        ({"anneal": "cosine"}, {}, ("cosine", 0, 20)),
+        ({"anneal": "cosine", "anneal_begin": 10}, {}, ("cosine", 10, 25)),
+        ({"anneal_end": 12}, ANNEALED, ("linear", 2, 12)),
+        ({}, ANNEALED, ("linear", 2, 9)),
+    ],
+)
+def test_flags_win_over_the_annealing_of_the_checkpoint(
+    given: dict[str, object],
+    before: dict[str, object],
+    expected: tuple[str, int, int],
+    saved: Namespace,
+) -> None:
+    saved.topk = settings(**before).to_dict()
+    chosen = choose_settings(run_flags(use_checkpoint_args=True, **given))
+    assert (chosen.anneal, chosen.anneal_begin, chosen.anneal_end) == expected

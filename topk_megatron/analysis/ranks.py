@@ -19,7 +19,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def total(self, seconds: float) -> float:
+    def largest(self, seconds: float) -> float:
         """The largest of all ranks' numbers."""
         if self.world == 1:
             return seconds

@@ -113,7 +113,7 @@ def record(
     for place, block in enumerate(mine, start=1):
         recorded += recorder.block(block)
         progress(place, len(mine))
-    seconds = ranks.total(time.perf_counter() - started)
+    seconds = ranks.largest(time.perf_counter() - started)
     ranks.barrier()
     for place, layer in enumerate(source.layers):
         if place % ranks.world == ranks.rank:
@@ -124,6 +124,13 @@ def record(
         recorder.finish(seconds, recorded, ranks)
     ranks.barrier()
     return open_run(config.study, config.run)
+
+
+def _without_paths(plan: dict[str, Any]) -> dict[str, Any]:
+    named = {name: dict(plan.get(name) or {}) for name in ("model", "corpus")}
+    for entry in named.values():
+        entry.pop("path", None)
+    return {**plan, **named}
 
 
 def _prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -207,7 +214,9 @@ class _Recorder:
         return True
 
     def _check_same(self, before: dict[str, Any]) -> None:
-        different = [name for name in self.plan if before.get(name) != self.plan[name]]
+        # Where model and text lie does not matter: their fingerprints are compared.
+        one, other = (_without_paths(plan) for plan in (before, self.plan))
+        different = [name for name in other if one.get(name) != other[name]]
         if different:
             raise AnalysisError(
                 f"the run {self.config.run} was begun with another {', '.join(different)}; choose "

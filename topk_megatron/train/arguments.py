@@ -183,9 +183,17 @@ def _check_topk(args: Namespace) -> None:
     for name in ("hidden_size", "num_layers"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is required")
-    config = TopKConfig.from_args(args)
     if args.topk_silent_tokens < 1:
         raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
+    check_settings(args, TopKConfig.from_args(args))
+
+
+def check_settings(args: Namespace, config: TopKConfig) -> None:
+    """Refuse what these TopK settings do not go with; asked again with a checkpoint's settings.
+
+    Raises:
+        ConfigError: names the flag to change.
+    """
     if args.cuda_graph_impl != "none" and config.layers:
         if config.anneal != "constant":
             raise ConfigError(

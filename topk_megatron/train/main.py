@@ -26,7 +26,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from topk_megatron.train.arguments import arguments_provider, check_arguments
+    from topk_megatron.train.arguments import arguments_provider, check_arguments, check_settings
     from topk_megatron.train.arguments_parallel import check_mlp
     from topk_megatron.train.resume import choose_settings
 
@@ -39,6 +39,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     except _REFUSALS as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     config = choose_settings(args)
+    check_settings(args, config)
     check_mlp(args, config)
     args.topk = config.to_dict()
     # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.

@@ -8,6 +8,7 @@ last is written after every rank has finished. The tracker file
 import os
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,46 @@ _FLAGS = (
 def choose_settings(args: Namespace) -> TopKConfig:
     """This run's TopK settings: its flags, and under ``--use-checkpoint-args`` the checkpoint's.
 
-    Each ``--topk-…`` flag on the command line wins over the checkpoint's value.
+    Each ``--topk-…`` flag on the command line wins over the checkpoint's value. Where no end of
+    annealing is given, a resumed run keeps the one that it was begun with, also when it is made
+    longer.
     """
-    if args.use_checkpoint_args and args.load is not None:
-        directory = find_checkpoint(Path(args.load), args.ckpt_step)
-        saved = None if directory is None else read_checkpoint_args(directory)
-        if (settings := getattr(saved, "topk", None)) is not None:
-            given = {name: getattr(args, f"topk_{name}") for name in _FLAGS}
-            given = {name: value for name, value in given.items() if value is not None}
-            if "layers" in given:
-                given["layers"] = parse_layers(given["layers"], args.num_layers)
-            if given.get("anneal", "constant") != "constant" and "anneal_end" not in given:
-                given["anneal_end"] = default_anneal_end(args)
-            before = TopKConfig.from_dict(settings).to_dict()
-            if given.get("site") == "residual":
-                before.update(mlp_k=None, mlp_groups=None)
-            return TopKConfig.from_dict({**before, **given})
-    return TopKConfig.from_args(args)
+    if args.use_checkpoint_args and (before := _saved_settings(args)) is not None:
+        return _merged(args, before)
+    config = TopKConfig.from_args(args)
+    if config.anneal == "constant" or args.topk_anneal_end is not None or args.finetune:
+        return config
+    before = _saved_settings(args)
+    if before is None:
+        return config
+    same = replace(config, anneal_end=before.anneal_end) if before.anneal_end else config
+    return config if compare_topk(before, same) else same
+
+
+def _saved_settings(args: Namespace) -> TopKConfig | None:
+    """The TopK settings of the checkpoint that ``--load`` names, if there is one that has them."""
+    if args.load is None:
+        return None
+    directory = find_checkpoint(Path(args.load), args.ckpt_step)
+    saved = None if directory is None else read_checkpoint_args(directory)
+    settings = getattr(saved, "topk", None)
+    return None if settings is None else TopKConfig.from_dict(settings)
+
+
+def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
+    """The checkpoint's settings with those changed that the command line gives."""
+    given = {name: getattr(args, f"topk_{name}") for name in _FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "layers" in given:
+        given["layers"] = parse_layers(given["layers"], args.num_layers)
+    before = saved.to_dict()
+    if given.get("anneal") == "constant":
+        before.update(anneal_start_k=None, anneal_begin=0, anneal_end=0)
+    elif "anneal" in given and "anneal_end" not in given and saved.anneal == "constant":
+        given["anneal_end"] = default_anneal_end(args)
+    if given.get("site") == "residual":
+        before.update(mlp_k=None, mlp_groups=None)
+    return TopKConfig.from_dict({**before, **given})
 
 
 def find_checkpoint(

@@ -4,8 +4,8 @@
 
 Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
 two ranks under torchrun on the same tokens in the same order, converts both to Hugging Face models,
-measures them on held-out plays and lets them write. Steps that are done already are skipped; delete
-the working directory to begin anew. Every number that is printed comes from this run.
+measures them on held-out plays and lets them write. What is trained and converted is kept; delete the
+working directory to begin anew. Every number that is printed comes from this run.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     """Run every step, and say how long each took."""
     args = parse()
     args.directory.mkdir(parents=True, exist_ok=True)
-    check_steps(args.directory, args.steps)
+    check_settings(args.directory, args.steps)
     started = time.perf_counter()
     plays = fetch_plays(args.directory)
     dataset, tokenizer = prepare_data(args.directory, plays)
@@ -81,15 +81,17 @@ def main() -> None:
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
 
-def check_steps(directory: Path, steps: int) -> None:
-    """Models of another length in the same directory would be compared as if they were these."""
-    record = directory / "steps"
-    if record.exists() and record.read_text() != str(steps):
+def check_settings(directory: Path, steps: int) -> None:
+    """Models that were trained otherwise in the same directory would be shown as these."""
+    record = directory / "settings.txt"
+    flags = [f"--steps {steps}", MODEL, TRAINING, *VARIANTS.values()]
+    settings = "\n".join(flags) + "\n"
+    if record.exists() and record.read_text() != settings:
         sys.exit(
-            f"error: {directory} holds models of {record.read_text()} steps; give --steps "
-            f"{record.read_text()}, another --directory, or delete it"
+            f"error: {directory} holds models that were trained otherwise: {record} tells how; "
+            "give the same --steps, another --directory, or delete it"
         )
-    record.write_text(str(steps))
+    record.write_text(settings)
 
 
 def train(

@@ -4,8 +4,8 @@
 
 Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
 two ranks under torchrun on the same tokens in the same order, converts both to Hugging Face models,
-measures them on held-out plays and lets them write. What is trained and converted is kept; delete the
-working directory to begin anew. Every number that is printed comes from this run.
+measures them on held-out plays and lets them write. What is trained and converted is kept; delete
+the working directory to begin anew. Every number that is printed comes from this run.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Measures one trained model: perplexity, tasks, and what its neurons do on held-out text."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,14 @@ def measure_all(
     amounts: Amounts,
     jobs: int,
 ) -> dict[str, dict[str, Any]]:
-    """Measure what was not measured before; returns the measures by name of the run."""
-    missing = [run for run in runs if _read(run) is None]
-    shared = (list(texts)[-amounts.documents :], list(tasks), dataset, study, amounts)
+    """Measure what was not measured so before; returns the measures by name of the run."""
+    how = _how(texts, tasks, amounts)
+    missing = [run for run in runs if _read(run, how) is None]
+    shared = (list(texts)[-amounts.documents :], list(tasks), dataset, study, amounts, how)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for name in pool.map(_measure, missing, *([one] * len(missing) for one in shared)):
             print(f"measured {name}", flush=True)
-    found = {run.name: _read(run) for run in runs}
+    found = {run.name: _read(run, how) for run in runs}
     return {name: measures for name, measures in found.items() if measures is not None}
 
 
@@ -67,13 +69,28 @@ def folder_of(run: Run) -> Path:
     return run.directory / "hf"
 
 
-def _read(run: Run) -> dict[str, Any] | None:
+def _how(texts: Sequence[Path], tasks: Sequence[Path], amounts: Amounts) -> dict[str, Any]:
+    """All that decides a measure but the model: a stored one made otherwise is made anew."""
+    digest = hashlib.sha256()
+    for path in (*list(texts)[-amounts.documents :], *tasks, Path(__file__)):
+        digest.update(path.read_bytes())
+    return {**asdict(amounts), "sha256": digest.hexdigest()}
+
+
+def _read(run: Run, how: dict[str, Any]) -> dict[str, Any] | None:
     path = run.directory / "measures.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("how") == how else None
 
 
 def _measure(
-    run: Run, texts: list[Path], tasks: list[Path], dataset: Path, study: Path, amounts: Amounts
+    run: Run,
+    texts: list[Path],
+    tasks: list[Path],
+    dataset: Path,
+    study: Path,
+    amounts: Amounts,
+    how: dict[str, Any],
 ) -> str:
     import torch
 
@@ -91,6 +108,7 @@ def _measure(
     scores = evaluate_tasks(opened, [str(path) for path in tasks], limit=amounts.examples)
     events = run.directory / "tensorboard"
     found = {
+        "how": how,
         "losses": losses,
         "counts": counts,
         "tasks": scores,

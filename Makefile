@@ -14,7 +14,7 @@ setup:  ## find or get Python 3.12, create .venv, install pinned dependencies, b
 quickstart: setup  ## train a TopK and a dense language model on Shakespeare, compare and sample them
 	@$(python) examples/quickstart/run.py
 
-paper: setup  ## the paper's experiments at laptop scale: about an hour, resumable
+paper: setup  ## the paper's experiments at laptop scale: an hour and a half, resumable
 	@$(python) examples/paper/run.py
 
 paper-fast: setup  ## the same with four variants and a few steps, to see that every part works

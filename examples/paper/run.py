@@ -1,6 +1,6 @@
 """The paper's experiments at laptop scale: train, convert, analyse, write RESULTS.md.
 
-    make paper             # about an hour on two cores
+    make paper             # an hour and a half on two cores
     make paper-fast        # four variants, one seed, a few steps: every part runs, for tests
 
 Every training run is described by one file of variants/ (and base.args) and is cached under a hash

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from topk_megatron.config import TopKConfig
 from topk_megatron.errors import DataError
 from topk_megatron.testing.launch import REPOSITORY
 from topk_megatron.train.arguments import CPU_DEFAULTS, add_topk_arguments
 from topk_megatron.train.data_files import check_data_files, count_documents, split_weights
+from topk_megatron.train.main import announce
 
 
 def test_help_explains_every_flag_of_the_group() -> None:
@@ -97,3 +99,18 @@ class TestSplit:
     def test_weights_are_filled_up(self) -> None:
         assert split_weights("90,10") == [90, 10, 0]
         assert split_weights("98/1/1") == [98, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "said"), [(8, True), (9, False), (20, False), (None, False)]
+)
+def test_annealing_that_outlasts_the_training_is_pointed_out(
+    iterations: int | None, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TopKConfig(
+        hidden_size=64, num_layers=4, k=8, layers=(0, 1), anneal="linear", anneal_end=9
+    )
+    announce(Namespace(rank=0, train_iters=iterations), config, "cpu")
+    printed = capsys.readouterr().out
+    assert "k 8 of 64 (value, linear from 64 over iterations 0 to 9) at layers 0, 1 of 4" in printed
+    assert ("annealing ends at iteration 9, after the last one (8)" in printed) == said

@@ -81,6 +81,13 @@ def announce(args: Namespace, config: TopKConfig, device: str) -> None:
     layers = ", ".join(map(str, config.layers))
     sites = " and ".join(_describe_sites(config))
     print(f"topk_megatron: {sites} at layers {layers} of {config.num_layers}", flush=True)
+    iterations = args.train_iters
+    if config.anneal != "constant" and iterations and config.anneal_end > iterations:
+        print(
+            f"topk_megatron: annealing ends at iteration {config.anneal_end}, after the last one "
+            f"({iterations}): k will not reach {config.k}",
+            flush=True,
+        )
 
 
 def _describe_sites(config: TopKConfig) -> list[str]:

@@ -157,9 +157,7 @@ class TopKConfig:
             anneal=args.topk_anneal or "constant",
             anneal_start_k=args.topk_anneal_start_k,
             anneal_begin=args.topk_anneal_begin or 0,
-            anneal_end=default_anneal_end(args)
-            if args.topk_anneal_end is None
-            else args.topk_anneal_end,
+            anneal_end=anneal_end_of(args),
             site=args.topk_site or "residual",
             mlp_k=args.topk_mlp_k,
             mlp_groups=args.topk_mlp_groups,
@@ -185,12 +183,16 @@ class TopKConfig:
         return cls(**{**settings, "layers": tuple(settings["layers"])})
 
 
-def default_anneal_end(args: Namespace) -> int:
-    """Half of the way from the begin of annealing to the end of training; 0 where k is constant.
+def anneal_end_of(args: Namespace) -> int:
+    """``--topk-anneal-end``, or half of the way from the begin of annealing to the end of training.
+
+    It is 0 where k is constant and no end is given.
 
     Raises:
         ConfigError: training's length is not given in iterations, or ends before annealing begins.
     """
+    if args.topk_anneal_end is not None:
+        return args.topk_anneal_end
     if args.topk_anneal in (None, "constant"):
         return 0
     if (iterations := getattr(args, "train_iters", None)) is None:

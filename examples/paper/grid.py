@@ -1,6 +1,7 @@
 """The runs: variants of one model, each a file of flags, each with two seeds."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,14 @@ class Run:
     def steps(self) -> int:
         """Training steps."""
         return int(self.flag("--train-iters"))
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """Of the bytes of all files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:

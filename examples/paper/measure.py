@@ -1,6 +1,5 @@
 """Measures one trained model: perplexity, tasks, and what its neurons do on held-out text."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from grid import Run
+from grid import Run, hash_of
 
 K_OF_DENSE = (8, 16, 32, 64)  # a dense model is recorded at every k that a TopK model has
 LAYERS_OF_DENSE = "all,-2"
@@ -71,10 +70,8 @@ def folder_of(run: Run) -> Path:
 
 def _how(texts: Sequence[Path], tasks: Sequence[Path], amounts: Amounts) -> dict[str, Any]:
     """All that decides a measure but the model: a stored one made otherwise is made anew."""
-    digest = hashlib.sha256()
-    for path in (*list(texts)[-amounts.documents :], *tasks, Path(__file__)):
-        digest.update(path.read_bytes())
-    return {**asdict(amounts), "sha256": digest.hexdigest()}
+    files = (*list(texts)[-amounts.documents :], *tasks, Path(__file__))
+    return {**asdict(amounts), "sha256": hash_of(files)}
 
 
 def _read(run: Run, how: dict[str, Any]) -> dict[str, Any] | None:
@@ -95,6 +92,7 @@ def _measure(
     import torch
 
     torch.set_num_threads(1)
+    from topk_megatron.analysis.tables import replacing
     from topk_megatron.evaluation.model import open_model
     from topk_megatron.evaluation.perplexity import read_documents, window_losses
     from topk_megatron.evaluation.tasks import evaluate_tasks
@@ -115,9 +113,8 @@ def _measure(
         "training_loss": list(read_scalars(events, "lm loss").items()),
         "neurons": _record(run, dataset, study, amounts),
     }
-    temporary = run.directory / "measures.json.partial"
-    temporary.write_text(json.dumps(found))
-    temporary.rename(run.directory / "measures.json")
+    with replacing(run.directory / "measures.json") as temporary:
+        temporary.write_text(json.dumps(found))
     return run.name
 
 

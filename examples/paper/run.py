@@ -8,7 +8,6 @@ of its flags and data: the command goes on where it was stopped, and a changed f
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent / "quickstart")]
 import deep  # noqa: E402
 import measure  # noqa: E402
-from grid import Run, make_grid  # noqa: E402
+from grid import Run, hash_of, make_grid  # noqa: E402
 from plays import fetch_plays, held_out, prepare_data  # noqa: E402
 from results import write_results  # noqa: E402
 from training import Data, train_all  # noqa: E402
@@ -44,7 +43,7 @@ def main() -> None:
     started = time.perf_counter()
     args.directory.mkdir(parents=True, exist_ok=True)
     data, plays = prepare(args.directory)
-    runs = make_grid(args.directory, hash_of(data), fast=args.fast)
+    runs = make_grid(args.directory, hash_of(data.files), fast=args.fast)
     train_all(runs, data, args.jobs)
     tasks = sorted((HERE.parent / "quickstart" / "tasks").glob("*.yaml"))
     amounts = measure.FAST if args.fast else measure.FULL
@@ -64,14 +63,6 @@ def prepare(directory: Path) -> tuple[Data, list[Path]]:
     plays = fetch_plays(directory)
     dataset, tokenizer = prepare_data(directory, plays)
     return Data(dataset, tokenizer), held_out(plays)
-
-
-def hash_of(data: Data) -> str:
-    """Of everything that the models read."""
-    digest = hashlib.sha256()
-    for path in (Path(f"{data.dataset}.bin"), Path(f"{data.dataset}.idx"), data.tokenizer):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def study_pairs(runs: list[Run], dataset: Path, directory: Path, *, fast: bool) -> list[Path]:

@@ -24,6 +24,11 @@ class Data:
     dataset: Path
     tokenizer: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that the models read."""
+        return Path(f"{self.dataset}.bin"), Path(f"{self.dataset}.idx"), self.tokenizer
+
 
 def train_all(runs: Sequence[Run], data: Data, jobs: int) -> None:
     """Train what is missing; ends the program if a run fails, with its log's name."""

@@ -141,8 +141,6 @@ def test_dense_models_are_equal_whatever_their_unused_settings() -> None:
 def test_each_flag_wins_over_the_settings_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from topk_megatron.train import resume
-
     checkpoint(tmp_path, 10)
     (tmp_path / TRACKER).write_text("10")
     saved = Namespace(topk=settings(k=5, mode="abs").to_dict())
@@ -172,9 +170,7 @@ ANNEALED = {"anneal": "linear", "anneal_begin": 2, "anneal_end": 9}
 
 def run_flags(**given: object) -> Namespace:
     """Parsed flags of a run that resumes, with the TopK flags that are given."""
-    names = ("k", "layers", "mode", "site", "mlp_k", "mlp_groups")
-    names += ("anneal", "anneal_start_k", "anneal_begin", "anneal_end")
-    flags = {f"topk_{name}": given.pop(name, None) for name in names}
+    flags = {f"topk_{name}": given.pop(name, None) for name in resume._FLAGS}
     rest = {"use_checkpoint_args": False, "finetune": False, "train_iters": 40, **given}
     return Namespace(load="run", ckpt_step=None, hidden_size=64, num_layers=4, **flags, **rest)
 

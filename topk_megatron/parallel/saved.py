@@ -14,6 +14,7 @@ that tensor. After the forward pass nobody reads it any more but through the pac
 its memory is let go and only its shape stays.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from topk_megatron.parallel.selection import INDICES
 from topk_megatron.parallel.verify import Verifier
 
 
-class _Packed:
+class _Packed(ABC):
     """What is kept in place of a dense tensor.
 
     Attributes:
@@ -47,8 +48,8 @@ class _Packed:
             self._dense = None
         return x
 
-    def _rebuild(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _rebuild(self) -> Tensor: ...
 
 
 class PackedActivation(_Packed):

@@ -183,8 +183,6 @@ def _check_topk(args: Namespace) -> None:
     for name in ("hidden_size", "num_layers"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is required")
-    if args.topk_silent_tokens < 1:
-        raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
     check_settings(args, TopKConfig.from_args(args))
 
 
@@ -194,6 +192,8 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
     Raises:
         ConfigError: names the flag to change.
     """
+    if args.topk_silent_tokens < 1:
+        raise ConfigError(f"--topk-silent-tokens must be at least 1, got {args.topk_silent_tokens}")
     if args.cuda_graph_impl != "none" and config.layers:
         if config.anneal != "constant":
             raise ConfigError(

@@ -8,11 +8,10 @@ last is written after every rank has finished. The tracker file
 import os
 import re
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.config import TopKConfig, default_anneal_end, parse_layers
+from topk_megatron.config import TopKConfig, anneal_end_of, parse_layers
 from topk_megatron.errors import CheckpointError
 from topk_megatron.train.damage import find_damage
 
@@ -68,10 +67,12 @@ def choose_settings(args: Namespace) -> TopKConfig:
     if config.anneal == "constant" or args.topk_anneal_end is not None or args.finetune:
         return config
     before = _saved_settings(args)
-    if before is None:
-        return config
-    same = replace(config, anneal_end=before.anneal_end) if before.anneal_end else config
-    return config if compare_topk(before, same) else same
+    if (
+        before is not None
+        and {**before.to_dict(), "anneal_end": config.anneal_end} == config.to_dict()
+    ):
+        return before
+    return config
 
 
 def _saved_settings(args: Namespace) -> TopKConfig | None:
@@ -93,8 +94,8 @@ def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
     before = saved.to_dict()
     if given.get("anneal") == "constant":
         before.update(anneal_start_k=None, anneal_begin=0, anneal_end=0)
-    elif "anneal" in given and "anneal_end" not in given and saved.anneal == "constant":
-        given["anneal_end"] = default_anneal_end(args)
+    elif "anneal" in given and saved.anneal == "constant":
+        given["anneal_end"] = anneal_end_of(args)
     if given.get("site") == "residual":
         before.update(mlp_k=None, mlp_groups=None)
     return TopKConfig.from_dict({**before, **given})

@@ -19,17 +19,29 @@ ALLOWED = {
     "cluster": {"exitcodes"},
     "device": {"errors"},
     "text": {"errors"},
+    "checkpoint": {"errors"},
     "parallel": {"config", "errors", "ops", "schedule"},
     "model": {"config", "errors", "ops", "parallel", "schedule"},
     "train": {
-        *("config", "device", "errors", "exitcodes", "model", "ops", "parallel", "schedule", "text")
+        *(
+            "checkpoint",
+            "config",
+            "device",
+            "errors",
+            "exitcodes",
+            "model",
+            "ops",
+            "parallel",
+            "schedule",
+            "text",
+        )
     },
     "plan": {"config", "device", "errors", "model", "parallel", "train"},
-    "hf": {"config", "errors", "ops", "schedule", "train"},
+    "hf": {"checkpoint", "config", "errors", "ops", "schedule"},
     "evaluation": {"errors", "hf", "text"},
     "analysis": {"config", "errors", "hf", "ops", "text"},
     "explorer": {"analysis", "cli", "errors", "hf"},
-    "testing": {"cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
+    "testing": {"checkpoint", "cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
 }
 
 

@@ -26,6 +26,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=80, help="tokens to write for each")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open the checkpoint although it holds objects that could run code",
+    )
     args = parser.parse_args()
     if not args.temperature >= 0:
         parser.error(f"--temperature must be at least 0, got {args.temperature}")
@@ -42,7 +47,11 @@ def main() -> None:
     # Megatron talks while it loads; standard output is for the text.
     with contextlib.redirect_stdout(sys.stderr):
         sampler = Sampler(
-            args.load, device, iteration=args.iteration, tokenizer_model=args.tokenizer_model
+            args.load,
+            device,
+            iteration=args.iteration,
+            tokenizer_model=args.tokenizer_model,
+            trust=args.trust_checkpoint,
         )
     for prompt in args.prompt:
         text = sampler(prompt, args.tokens, temperature=args.temperature, seed=args.seed)

@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint is incomplete, or was made with other settings than this run's."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint names code that no checkpoint needs; nothing of it was run."""
+
+
 class RunError(UserError):
     """A run that was going well cannot go on: a loss that is no number, a disk that is full.
 

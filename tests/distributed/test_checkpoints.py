@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from topk_megatron.checkpoint.directory import TRACKER, is_complete
 from topk_megatron.testing.launch import Run, pretrain
-from topk_megatron.train.resume import TRACKER, is_complete
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from topk_megatron.checkpoint.directory import TRACKER, is_complete
 from topk_megatron.exitcodes import REQUEUE
 from topk_megatron.testing.launch import Run, kill_job, pretrain, start
-from topk_megatron.train.resume import TRACKER, is_complete
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from topk_megatron.checkpoint.directory import TRACKER, find_checkpoint
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
 from topk_megatron.train import resume
-from topk_megatron.train.resume import TRACKER, choose_settings, compare_topk, find_checkpoint
+from topk_megatron.train.resume import choose_settings, compare_topk
 
 
 def checkpoint(load: Path, iteration: int, *parts: str) -> Path:
@@ -144,7 +145,7 @@ def test_each_flag_wins_over_the_settings_of_the_checkpoint(
     checkpoint(tmp_path, 10)
     (tmp_path / TRACKER).write_text("10")
     saved = Namespace(topk=settings(k=5, mode="abs").to_dict())
-    monkeypatch.setattr(resume, "read_checkpoint_args", lambda _: saved)
+    monkeypatch.setattr(resume, "read_args", lambda _: saved)
     flags = {f"topk_{name}": None for name in resume._FLAGS}
     args = Namespace(
         use_checkpoint_args=True,
@@ -180,7 +181,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Namespace:
     """Arguments that the checkpoint holds; set `topk`."""
     arguments = Namespace(topk=None)
     monkeypatch.setattr(resume, "find_checkpoint", lambda *_: tmp_path)
-    monkeypatch.setattr(resume, "read_checkpoint_args", lambda _: arguments)
+    monkeypatch.setattr(resume, "read_args", lambda _: arguments)
     return arguments
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from topk_megatron.checkpoint.directory import find_checkpoint
 from topk_megatron.errors import CheckpointError
 from topk_megatron.hf import modeling
 from topk_megatron.hf.card import model_card
@@ -21,7 +22,6 @@ from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.source import MegatronSource
 from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
-from topk_megatron.train.resume import find_checkpoint
 
 TRAINING_FILE = "topk_training.json"
 PADDING_FILE = "vocabulary_padding.safetensors"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.hf.flags import read_config
 from topk_megatron.hf.names import EXTRA_STATE, NOT_THE_MODEL, Piece, pieces, sizes
 from topk_megatron.hf.splits import SPLITS
-from topk_megatron.hf.torch_dist import CheckpointReader
 from topk_megatron.schedule import k_at
 
 _LAYER = "decoder.layers."

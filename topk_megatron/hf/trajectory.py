@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from topk_megatron.checkpoint.directory import is_complete, iterations
 from topk_megatron.errors import CheckpointError
 from topk_megatron.hf.export import (
     FORMAT_VERSION,
@@ -18,7 +19,6 @@ from topk_megatron.hf.export import (
 )
 from topk_megatron.hf.folder import new_folder, refuse_existing
 from topk_megatron.hf.source import MegatronSource
-from topk_megatron.train.resume import is_complete, iterations
 
 MANIFEST = "trajectory.json"
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_megatron.checkpoint.directory import TRACKER
+from topk_megatron.checkpoint.writer import Chunk, write_torch_dist
 from topk_megatron.config import TopKConfig
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import write_args
 from topk_megatron.hf.names import pieces, sizes
 from topk_megatron.hf.target import UNTRAINED
-from topk_megatron.hf.torch_dist_writer import Chunk, write_torch_dist
-from topk_megatron.train.resume import TRACKER
 
 
 def synthetic_config(**changes: Any) -> dict[str, Any]:

@@ -119,6 +119,12 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="resume although the checkpoint was made with other TopK settings",
     )
     group.add_argument(
+        "--topk-trust-checkpoint",
+        action="store_true",
+        help="let Megatron open a checkpoint that holds objects of classes that no checkpoint "
+        "needs; such an object can run code",
+    )
+    group.add_argument(
         "--topk-silent-tokens",
         type=int,
         default=100_000,

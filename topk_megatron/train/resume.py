@@ -1,22 +1,12 @@
-"""Which checkpoint a run continues from, and whether it may.
+"""Whether a run may continue from a checkpoint, and with which settings."""
 
-Megatron's torch_dist checkpoint is complete when ``.metadata`` and ``metadata.json`` are there: the
-last is written after every rank has finished. The tracker file
-``latest_checkpointed_iteration.txt`` is rewritten in place, so that a kill can leave it empty.
-"""
-
-import os
-import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
+from topk_megatron.checkpoint.directory import find_checkpoint, names_release
+from topk_megatron.checkpoint.reader import CheckpointReader, read_args
 from topk_megatron.config import TopKConfig, anneal_end_of, parse_layers
-from topk_megatron.errors import CheckpointError
-from topk_megatron.train.damage import find_damage
-
-TRACKER = "latest_checkpointed_iteration.txt"
-_PARTS = (".metadata", "metadata.json")
+from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
 
 
 def prepare_resume(args: Namespace, config: TopKConfig) -> None:
@@ -33,11 +23,30 @@ def prepare_resume(args: Namespace, config: TopKConfig) -> None:
     if directory is None:
         _check_needed(args)
         return
-    saved = read_checkpoint_args(directory)
-    if saved is None:
-        return
-    _check_vocabulary(args, saved, directory)
-    _check_topk(args, config, saved, directory)
+    reader = CheckpointReader(directory)
+    if first and not args.topk_trust_checkpoint:
+        # Before any rank opens it: the others wait for this one when the job's groups are made.
+        check_trust(reader)
+    _check_vocabulary(args, reader.args, directory)
+    _check_topk(args, config, reader.args, directory)
+
+
+def check_trust(reader: CheckpointReader, *, flag: str = "--topk-trust-checkpoint") -> None:
+    """Refuse a checkpoint in which Megatron's loader could find code to run.
+
+    Args:
+        reader: the opened checkpoint.
+        flag: of the command line, which lets the user take the risk.
+
+    Raises:
+        UnsafeCheckpointError: names the object and the way out.
+    """
+    try:
+        reader.check_objects()
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(
+            f"{error}; give {flag} if you trust whoever wrote the checkpoint"
+        ) from error
 
 
 _FLAGS = (
@@ -80,7 +89,7 @@ def _saved_settings(args: Namespace) -> TopKConfig | None:
     if args.load is None:
         return None
     directory = find_checkpoint(Path(args.load), args.ckpt_step)
-    saved = None if directory is None else read_checkpoint_args(directory)
+    saved = None if directory is None else read_args(directory)
     settings = getattr(saved, "topk", None)
     return None if settings is None else TopKConfig.from_dict(settings)
 
@@ -101,124 +110,9 @@ def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
     return TopKConfig.from_dict({**before, **given})
 
 
-def find_checkpoint(
-    load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
-) -> Path | None:
-    """The torch_dist checkpoint that Megatron will load from `load`, or None.
-
-    Args:
-        load: directory given as ``--load``.
-        step: iteration asked for by ``--ckpt-step``; None is the latest.
-        write: repair the tracker when it names no complete checkpoint. One rank does it; all ranks
-            come to the same answer whether or not it is done already.
-        hashes: also compare the bytes of the latest checkpoint with their recorded hashes.
-
-    Raises:
-        CheckpointError: `step` names a checkpoint that is missing, incomplete or damaged, or no
-            checkpoint of `load` is whole although it has some.
-    """
-    complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
-    if step is not None:
-        if step not in complete:
-            raise CheckpointError(
-                f"no complete checkpoint of iteration {step} in {load}; it has {_listing(complete)}"
-            )
-        if damage := find_damage(complete[step], hashes=hashes):
-            raise CheckpointError(
-                f"the checkpoint of iteration {step} in {load} is damaged: {damage}; give another "
-                f"--ckpt-step of {_listing(complete)}"
-            )
-        return complete[step]
-    tracked = _read_tracker(load)
-    if tracked == "release" or not iterations(load) or _has_legacy_format(load, tracked):
-        return None
-    if not complete:
-        if tracked is None:
-            return None  # killed during its very first save: there is nothing to resume from
-        raise CheckpointError(
-            f"{load} has no complete checkpoint (the tracker names iteration {tracked}); give "
-            "another --load, or none to start anew"
-        )
-    return _latest_whole(load, complete, tracked, write=write, hashes=hashes)
-
-
-def _latest_whole(
-    load: Path, complete: dict[int, Path], tracked: Any, *, write: bool, hashes: bool
-) -> Path:
-    """The tracked checkpoint, or the latest before it that is not damaged; says why not."""
-    reason = "names nothing" if tracked is None else f"names iteration {tracked}, which is "
-    if tracked in complete:
-        candidates = [number for number in complete if number <= tracked]
-    else:
-        candidates = list(complete)
-        reason += "" if tracked is None else "incomplete"
-    for number in sorted(candidates, reverse=True):
-        damage = find_damage(complete[number], hashes=hashes)
-        if damage is not None:
-            if number == tracked:
-                reason += f"damaged ({damage})"
-            else:
-                reason += f"; iteration {number} is damaged ({damage})"
-            continue
-        if write and number != tracked:
-            print(f"topk_megatron: {load / TRACKER} {reason}; resuming from {number}", flush=True)
-            _write_tracker(load, number)
-        return complete[number]
-    raise CheckpointError(
-        f"no checkpoint in {load} can be loaded: {load / TRACKER} {reason}; give another --load, "
-        "or none to start anew"
-    )
-
-
-def iterations(load: Path) -> dict[int, Path]:
-    """Checkpoint directories of `load` by iteration, complete or not."""
-    found = {}
-    for path in load.glob("iter_*"):
-        if (match := re.fullmatch(r"iter_(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    return found
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether every rank finished writing this torch_dist checkpoint."""
-    return all((directory / part).is_file() for part in _PARTS)
-
-
-def read_checkpoint_args(directory: Path) -> Namespace | None:
-    """The arguments of the run that wrote a torch_dist checkpoint; None if it has none."""
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    return load_common_state_dict(str(directory)).get("args")
-
-
-def _listing(complete: dict[int, Path]) -> str:
-    return ", ".join(str(number) for number in sorted(complete)) or "none"
-
-
-def _read_tracker(load: Path) -> int | str | None:
-    try:
-        text = (load / TRACKER).read_text().strip()
-    except OSError:
-        return None
-    if text == "release":
-        return text
-    return int(text) if text.isdecimal() else None
-
-
-def _write_tracker(load: Path, iteration: int) -> None:
-    temporary = load / f"{TRACKER}.{os.getpid()}"
-    temporary.write_text(str(iteration))
-    temporary.replace(load / TRACKER)
-
-
-def _has_legacy_format(load: Path, tracked: Any) -> bool:
-    directory = iterations(load).get(tracked) if isinstance(tracked, int) else None
-    return directory is not None and any(directory.glob("mp_rank_*"))
-
-
 def _check_needed(args: Namespace) -> None:
     """A run that only makes sense with a checkpoint must not go on with random weights."""
-    if _read_tracker(Path(args.load)) == "release":
+    if names_release(Path(args.load)):
         return
     for flag in ("finetune", "skip_train", "use_checkpoint_args"):
         if getattr(args, flag):

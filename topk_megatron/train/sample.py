@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_megatron.checkpoint.directory import find_checkpoint
+from topk_megatron.checkpoint.pickles import StandIn
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
 from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.arguments import CPU_DEFAULTS
-from topk_megatron.train.resume import find_checkpoint, read_checkpoint_args
+from topk_megatron.train.resume import check_trust
 
 
 class Sampler:
@@ -29,6 +32,7 @@ class Sampler:
         *,
         iteration: int | None = None,
         tokenizer_model: Path | None = None,
+        trust: bool = False,
     ) -> None:
         """Load a torch_dist checkpoint with the settings that it carries.
 
@@ -37,16 +41,21 @@ class Sampler:
             device: ``cuda`` or ``cpu``.
             iteration: which checkpoint; None is the latest.
             tokenizer_model: the tokenizer, if it is no longer where the training run found it.
+            trust: let Megatron open objects of classes that a checkpoint does not need.
 
         Raises:
+            UnsafeCheckpointError: opening the checkpoint could run code, and `trust` is False.
             CheckpointError: there is no complete checkpoint in `checkpoint`, or its weights are not
                 those of the model that its settings describe.
             DataError: the tokenizer is not there.
         """
         directory = find_checkpoint(checkpoint, iteration)
-        saved = None if directory is None else read_checkpoint_args(directory)
-        if directory is None or saved is None:
+        if directory is None:
             raise CheckpointError(f"{checkpoint} holds no complete torch_dist checkpoint")
+        reader = CheckpointReader(directory)
+        if not trust:
+            check_trust(reader, flag="--trust-checkpoint")
+        saved = reader.args
         flags = _flags(checkpoint, saved, iteration, tokenizer_model)
         self.args, self.model, self.runtime = _load(directory, saved, flags, device)
         from megatron.training import get_tokenizer
@@ -131,7 +140,14 @@ def _model_settings(saved: Namespace) -> dict[str, Any]:
     layout = {field.name for field in fields(ModelParallelConfig)}
     names = {field.name for field in fields(TransformerConfig)} - layout - set(CPU_DEFAULTS)
     names |= {"norm_epsilon", "vocab_size", *_OF_THE_MODEL}
-    return {name: value for name, value in vars(saved).items() if name in names}
+    settings = {name: value for name, value in vars(saved).items() if name in names}
+    for name, value in settings.items():
+        if isinstance(value, StandIn):
+            raise CheckpointError(
+                f"the checkpoint's {name} is a {type(value).__name__}, which this version of "
+                "Megatron does not have; use the version that trained the model"
+            )
+    return settings
 
 
 def _check_weights(model: Any, directory: Path) -> None:

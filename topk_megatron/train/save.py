@@ -14,8 +14,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from topk_megatron.checkpoint.directory import is_complete, iterations
 from topk_megatron.errors import RunError
-from topk_megatron.train.resume import is_complete, iterations
 
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 _WRITER = ("unexpected pos", "Worker failure", "PytorchStreamWriter")

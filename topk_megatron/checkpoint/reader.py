@@ -2,16 +2,14 @@
 
 A checkpoint holds global tensors cut into chunks as the ranks had them; `CheckpointReader.read`
 assembles one slice (a layer of a stacked tensor, an expert) from the chunks it overlaps, so that no
-more than that slice and one chunk are in memory. Files are unpickled with an allow list: a
-checkpoint from elsewhere cannot run code.
+more than that slice and one chunk are in memory. Every pickle is opened by
+`topk_megatron.checkpoint.pickles`: a checkpoint from elsewhere cannot run code.
 """
 
-import importlib
 import io
 import pickle
 from argparse import Namespace
-from pathlib import Path
-from types import SimpleNamespace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -28,60 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from topk_megatron.errors import CheckpointError
+from topk_megatron.checkpoint.pickles import check_object, read_index, read_object
+from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
 
-_COMMON = "common_state/shard_0_1"
-_SAFE_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-)
-_SAFE_NAMES = {
-    ("argparse", "Namespace"),
-    ("builtins", "complex"),
-    ("builtins", "frozenset"),
-    ("builtins", "range"),
-    ("builtins", "set"),
-    ("builtins", "slice"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("torch", "Size"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("types", "SimpleNamespace"),
-}
-# torch's own pickles name layouts, memory formats and storages by these.
-_SAFE_TORCH = ("torch", "torch.serialization", "torch._utils", "torch.storage")
-
-
-class Opaque:
-    """Stands for an object of a class that is not opened here, such as Megatron's enums."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Known plain classes; stand-ins for Megatron's; nothing else."""
-        if module.split(".")[0] in ("megatron", "signal", "enum", "pathlib", "transformer_engine"):
-            return type(name, (Opaque,), {"__module__": module})
-        torch_plain = module in _SAFE_TORCH and (
-            name in ("_get_layout", "device", "dtype", "UntypedStorage", "TypedStorage")
-            or name.endswith("Storage")
-            or isinstance(getattr(torch, name, None), torch.dtype)
-        )
-        if (module, name) in _SAFE_NAMES or module in _SAFE_MODULES or torch_plain:
-            return getattr(importlib.import_module(module), name)
-        raise pickle.UnpicklingError(f"it holds an object of {module}.{name}")
-
-
-# What torch.load wants of a `pickle_module`.
-_PICKLE: Any = SimpleNamespace(
-    Unpickler=_Unpickler, load=lambda file, **_: _Unpickler(file).load(), __name__="pickle"
-)
+# The object in which Megatron keeps what it saves once: arguments, iteration, schedule.
+COMMON_KEY = "common_state/shard_0_1"
+_LEGACY_COMMON = "common.pt"
 
 
 class CheckpointReader:
@@ -102,11 +52,14 @@ class CheckpointReader:
             CheckpointError: not a checkpoint of this kind, or damaged.
         """
         self.directory = directory
-        self._metadata = _read_metadata(directory)
+        self._metadata = read_index_of(directory)
         entries = self._metadata.state_dict_metadata
         self.tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self.others = [k for k, v in entries.items() if isinstance(v, BytesStorageMetadata)]
-        self._check_files()
+        if (damage := missing_bytes(directory, self._metadata)) is not None:
+            raise CheckpointError(
+                f"{directory} is not whole: {damage}; copy it again, or choose another --iteration"
+            )
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.common = self._read_common()
@@ -129,12 +82,12 @@ class CheckpointReader:
         offsets = torch.Size([*lead, *([0] * len(rest))])
         chunk = ChunkStorageMetadata(offsets, torch.Size([*([1] * len(lead)), *rest]))
         items = create_read_items_for_chunk_list(key, stored, [chunk])
-        planner = _SlicePlanner(torch.empty(chunk.sizes, dtype=stored.properties.dtype))
         if sum(item.lengths.numel() for item in items) != chunk.sizes.numel():
             raise CheckpointError(
                 f"{self.directory} lacks a part of {key}{list(lead) or ''}; it is damaged or was "
                 "not written to its end"
             )
+        planner = _SlicePlanner(torch.empty(chunk.sizes, dtype=stored.properties.dtype))
         self._run(items, planner, key)
         return planner.target.reshape(rest)
 
@@ -152,39 +105,53 @@ class CheckpointReader:
             f"{self.directory}: {key} cannot be read, a file is damaged: {reason}"
         )
 
-    def _check_files(self) -> None:
-        needed: dict[str, int] = {}
-        for info in self._metadata.storage_data.values():
-            end = info.offset + info.length
-            needed[info.relative_path] = max(end, needed.get(info.relative_path, 0))
-        for name, length in sorted(needed.items()):
-            path = self.directory / name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{self.directory} is not whole: its file {name} is missing; copy it again, or "
-                    "choose another --iteration"
-                )
-            if path.stat().st_size < length:
-                raise CheckpointError(
-                    f"{self.directory} is not whole: {name} has {path.stat().st_size} bytes of "
-                    f"{length}; copy it again, or choose another --iteration"
-                )
-
     def _read_common(self) -> dict[str, Any]:
-        legacy = self.directory / "common.pt"
+        legacy = self.directory / _LEGACY_COMMON
         try:
             if legacy.is_file():
-                return _load(legacy)
-            if _COMMON not in self.others:
-                raise CheckpointError(f"{self.directory} holds neither common.pt nor {_COMMON}")
-            planner = _SlicePlanner(torch.empty(0))
-            none = torch.Size([0])
-            index = MetadataIndex(_COMMON)
-            item = ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)
-            self._run([item], planner, _COMMON)
-            return _load(planner.content)[0]
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                common = read_object(legacy.read_bytes(), str(legacy))
+            elif COMMON_KEY in self.others:
+                source = f"{self.directory}: {COMMON_KEY}"
+                (common,) = read_object(self.read_bytes(COMMON_KEY), source)
+            else:
+                raise CheckpointError(
+                    f"{self.directory} holds neither {_LEGACY_COMMON} nor {COMMON_KEY}"
+                )
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise self._damaged("its common state", error) from error
+        if not isinstance(common, dict):
+            raise CheckpointError(f"{self.directory}: its common state is not a dictionary")
+        return common
+
+    def read_bytes(self, key: str) -> bytes:
+        """The bytes of an object that is not a tensor, unopened."""
+        planner = _SlicePlanner(torch.empty(0))
+        none = torch.Size([0])
+        index = MetadataIndex(key)
+        self._run([ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)], planner, key)
+        return planner.content.getvalue()
+
+    def check_objects(self) -> None:
+        """Refuse a checkpoint whose objects Megatron's own loader must not unpickle.
+
+        Raises:
+            UnsafeCheckpointError: an object names something that no checkpoint holds.
+            CheckpointError: an object is damaged.
+        """
+        for key in self.others:
+            try:
+                check_object(self.read_bytes(key), f"{self.directory}: {key}")
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise self._damaged(key, error) from error
+
+
+def read_args(directory: Path) -> Namespace:
+    """The arguments of the run that wrote a checkpoint; raises as `CheckpointReader` does."""
+    return CheckpointReader(directory).args
 
 
 class _SlicePlanner(DefaultLoadPlanner):
@@ -212,20 +179,40 @@ class _SlicePlanner(DefaultLoadPlanner):
         self.content = value
 
 
-def _load(source: Any) -> Any:
-    return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+def read_index_of(directory: Path) -> Metadata:
+    """The index of a torch_dist checkpoint.
 
-
-def _read_metadata(directory: Path) -> Metadata:
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     path = directory / ".metadata"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a torch_dist checkpoint: it has no .metadata")
     try:
-        with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+        return read_index(path)
+    except UnsafeCheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
-    if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise CheckpointError(f"{path} is not the index of a torch_dist checkpoint")
-    return metadata
+
+
+def missing_bytes(directory: Path, index: Metadata) -> str | None:
+    """What the files of a checkpoint lack of what its index says, or None.
+
+    Raises:
+        UnsafeCheckpointError: the index names a file outside the checkpoint.
+    """
+    needed: dict[str, int] = {}
+    for info in index.storage_data.values():
+        end = info.offset + info.length
+        needed[info.relative_path] = max(end, needed.get(info.relative_path, 0))
+    for name, length in sorted(needed.items()):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UnsafeCheckpointError(f"{directory}/.metadata names a file elsewhere: {name}")
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < length:
+            return f"{name} has {path.stat().st_size} bytes of {length}"
+    return None

@@ -26,9 +26,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from topk_megatron.checkpoint.reader import COMMON_KEY
 from topk_megatron.errors import UserError
-
-COMMON_KEY = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)

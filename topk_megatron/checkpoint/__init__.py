@@ -1,0 +1,1 @@
+"""Megatron's torch_dist checkpoints: finding, reading and writing them, and the one way in."""

@@ -1,0 +1,167 @@
+"""Which checkpoint of a directory is whole, and what is wrong with one that only looks so.
+
+Megatron's torch_dist checkpoint is complete when ``.metadata`` and ``metadata.json`` are there: the
+last is written after every rank has finished. The tracker file
+``latest_checkpointed_iteration.txt`` is rewritten in place, so that a kill can leave it empty.
+
+Damage is looked for at two prices. The index of a checkpoint says which bytes of which file each
+tensor is in, so that a file that is missing or cut short is found from sizes alone. Bits that
+changed inside a file are found only by its hash, which ``--verify-integrity`` writes on saving and
+reads on loading.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from topk_megatron.checkpoint.reader import missing_bytes, read_index_of
+from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_PARTS = (".metadata", "metadata.json")
+
+
+def find_checkpoint(
+    load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
+) -> Path | None:
+    """The torch_dist checkpoint that Megatron will load from `load`, or None.
+
+    Args:
+        load: directory given as ``--load``.
+        step: iteration asked for by ``--ckpt-step``; None is the latest.
+        write: repair the tracker when it names no complete checkpoint. One rank does it; all ranks
+            come to the same answer whether or not it is done already.
+        hashes: also compare the bytes of the latest checkpoint with their recorded hashes.
+
+    Raises:
+        CheckpointError: `step` names a checkpoint that is missing, incomplete or damaged, or no
+            checkpoint of `load` is whole although it has some.
+    """
+    complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
+    if step is not None:
+        if step not in complete:
+            raise CheckpointError(
+                f"no complete checkpoint of iteration {step} in {load}; it has {_listing(complete)}"
+            )
+        if damage := find_damage(complete[step], hashes=hashes):
+            raise CheckpointError(
+                f"the checkpoint of iteration {step} in {load} is damaged: {damage}; give another "
+                f"--ckpt-step of {_listing(complete)}"
+            )
+        return complete[step]
+    tracked = _read_tracker(load)
+    if tracked == "release" or not iterations(load) or _has_legacy_format(load, tracked):
+        return None
+    if not complete:
+        if tracked is None:
+            return None  # killed during its very first save: there is nothing to resume from
+        raise CheckpointError(
+            f"{load} has no complete checkpoint (the tracker names iteration {tracked}); give "
+            "another --load, or none to start anew"
+        )
+    return _latest_whole(load, complete, tracked, write=write, hashes=hashes)
+
+
+def _latest_whole(
+    load: Path, complete: dict[int, Path], tracked: Any, *, write: bool, hashes: bool
+) -> Path:
+    """The tracked checkpoint, or the latest before it that is not damaged; says why not."""
+    reason = "names nothing" if tracked is None else f"names iteration {tracked}, which is "
+    if tracked in complete:
+        candidates = [number for number in complete if number <= tracked]
+    else:
+        candidates = list(complete)
+        reason += "" if tracked is None else "incomplete"
+    for number in sorted(candidates, reverse=True):
+        damage = find_damage(complete[number], hashes=hashes)
+        if damage is not None:
+            if number == tracked:
+                reason += f"damaged ({damage})"
+            else:
+                reason += f"; iteration {number} is damaged ({damage})"
+            continue
+        if write and number != tracked:
+            print(f"topk_megatron: {load / TRACKER} {reason}; resuming from {number}", flush=True)
+            _write_tracker(load, number)
+        return complete[number]
+    raise CheckpointError(
+        f"no checkpoint in {load} can be loaded: {load / TRACKER} {reason}; give another --load, "
+        "or none to start anew"
+    )
+
+
+def iterations(load: Path) -> dict[int, Path]:
+    """Checkpoint directories of `load` by iteration, complete or not."""
+    found = {}
+    for path in load.glob("iter_*"):
+        if (match := re.fullmatch(r"iter_(\d+)", path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return found
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every rank finished writing this torch_dist checkpoint."""
+    return all((directory / part).is_file() for part in _PARTS)
+
+
+def _listing(complete: dict[int, Path]) -> str:
+    return ", ".join(str(number) for number in sorted(complete)) or "none"
+
+
+def _read_tracker(load: Path) -> int | str | None:
+    try:
+        text = (load / TRACKER).read_text().strip()
+    except OSError:
+        return None
+    if text == "release":
+        return text
+    return int(text) if text.isdecimal() else None
+
+
+def names_release(load: Path) -> bool:
+    """Whether the tracker names a release, a checkpoint without an iteration."""
+    return _read_tracker(load) == "release"
+
+
+def _write_tracker(load: Path, iteration: int) -> None:
+    temporary = load / f"{TRACKER}.{os.getpid()}"
+    temporary.write_text(str(iteration))
+    temporary.replace(load / TRACKER)
+
+
+def _has_legacy_format(load: Path, tracked: Any) -> bool:
+    directory = iterations(load).get(tracked) if isinstance(tracked, int) else None
+    return directory is not None and any(directory.glob("mp_rank_*"))
+
+
+def find_damage(directory: Path, *, hashes: bool = False) -> str | None:
+    """Describe the first damage found, or None.
+
+    Args:
+        directory: a complete torch_dist checkpoint.
+        hashes: also read every byte and compare it with the recorded SHA-256, if there is one.
+
+    Raises:
+        UnsafeCheckpointError: its index would run code; that is not damage to step around.
+    """
+    try:
+        damage = missing_bytes(directory, read_index_of(directory))
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError as error:
+        return f".metadata cannot be read ({type(error.__cause__ or error).__name__})"
+    return damage or (_find_changed_file(directory) if hashes else None)
+
+
+def _find_changed_file(directory: Path) -> str | None:
+    from megatron.core.dist_checkpointing import validation
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    if not (directory / validation.INTEGRITY_FNAME).exists():
+        return None
+    try:
+        validation._verify_integrity_manifest_impl(str(directory))
+    except CheckpointingException as error:
+        return " ".join(str(error).splitlines()[-1].split())
+    return None

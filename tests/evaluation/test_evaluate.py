@@ -144,3 +144,63 @@ def test_wrong_commands_are_refused_in_one_line(
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def task_with(tmp_path: Path, **changes: object) -> Path:
+    """A task file of one question."""
+    (tmp_path / "one.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+    task = {
+        "task": "one",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "one.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    path = tmp_path / "one.yaml"
+    path.write_text(json.dumps({**task, **changes}))  # JSON is YAML
+    return path
+
+
+def hostile_metric(tmp_path: Path) -> str:
+    """A metric of the library `evaluate`: a Python file, which loading would run."""
+    script = tmp_path / "metric.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ("doc_to_text", "lm-evaluation-harness refuses: access to attribute '__init__'"),
+        ("doc_to_target", "lm-evaluation-harness refuses: access to attribute '__init__'"),
+        ("metric_list", "is not one of lm-evaluation-harness's own"),
+        ("include", "include is not supported"),
+    ],
+)
+def test_a_task_file_runs_no_code(
+    entry: str, complaint: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    marker = tmp_path / "ran"
+    template = "{{ cycler.__init__.__globals__.os.system('touch %s') }}" % marker  # noqa: UP031
+    values: dict[str, object] = {
+        "doc_to_text": template,
+        "doc_to_target": template,
+        "metric_list": [{"metric": hostile_metric(tmp_path)}],
+        "include": "other.yaml",
+    }
+    path = task_with(tmp_path, **{entry: values[entry]})
+    done = run_tool("evaluate.py", "--model", folders["default"], "--tasks", path)
+    assert not marker.exists()
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert complaint in done.stderr.splitlines()[-1]
+
+
+def test_the_same_task_without_code_is_measured(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = task_with(tmp_path)
+    done = run_tool("evaluate.py", "--model", folders["default"], "--tasks", path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "one (acc)" in done.stdout

@@ -22,6 +22,7 @@ def read_task(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read the task {path}: {' '.join(str(error).split())}") from error
     if not isinstance(task, dict) or "task" not in task:
         raise DataError(f"{path} is no task of lm-evaluation-harness: it has no entry 'task'")
+    _refuse_code(path, task)
     files = (task.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, dict):
         found = {split: path.parent / str(name) for split, name in files.items()}
@@ -29,6 +30,47 @@ def read_task(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} reads {missing[0]}, which does not exist")
         task["dataset_kwargs"]["data_files"] = {k: str(v) for k, v in found.items()}
     return task
+
+
+def _refuse_code(path: Path, task: dict[str, Any]) -> None:
+    """Refuse entries by which a task file makes the harness run code of others.
+
+    A metric that the harness does not have is looked for on a hub or in a file, and run from there;
+    ``include`` reads a second file in which ``!function`` names code.
+    """
+    from lm_eval.api import metrics  # noqa: F401  (registers them)
+    from lm_eval.api.registry import metric_registry
+
+    if "include" in task:
+        raise DataError(f"{path}: include is not supported; write the task into one file")
+    for entry in task.get("metric_list") or []:
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or name not in metric_registry or "hf_evaluate" in entry:
+            raise DataError(
+                f"{path}: the metric {name!r} is not one of lm-evaluation-harness's own, and would "
+                "be loaded as code from elsewhere; use one of the harness, such as acc or acc_norm"
+            )
+
+
+def _sandbox_templates() -> None:
+    """Render templates of tasks in Jinja's sandbox.
+
+    The harness's own environment lets a template such as ``{{ cycler.__init__.__globals__ }}``
+    reach every module, and so run commands (lm_eval/utils.py).
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    library: Any = utils
+    if isinstance(library.env, ImmutableSandboxedEnvironment):
+        return
+    sandbox = ImmutableSandboxedEnvironment(
+        loader=library.env.loader,
+        undefined=library.env.undefined,
+        keep_trailing_newline=library.env.keep_trailing_newline,
+    )
+    sandbox.filters.update(library.env.filters)
+    library.env = sandbox
 
 
 def evaluate_tasks(
@@ -49,18 +91,20 @@ def evaluate_tasks(
         ConfigError: lm-evaluation-harness is not installed, or a name that it does not know.
         DataError: a task file or its data cannot be read.
     """
-    specs = [read_task(Path(task)) if _is_file(task) else task for task in tasks]
-    if all(isinstance(spec, dict) for spec in specs):
+    if all(_is_file(task) for task in tasks):
         # Local tasks need no network, and without it a look at the hub costs minutes.
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
+        from jinja2 import TemplateError
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models import huggingface
     except ImportError as error:
         raise ConfigError(
             f"tasks need lm-evaluation-harness ({error}): pip install 'topk-megatron[evaluate]'"
         ) from error
+    specs = [read_task(Path(task)) if _is_file(task) else task for task in tasks]
+    _sandbox_templates()
     library: Any = huggingface
     language_model = library.HFLM(
         pretrained=opened.model,
@@ -71,7 +115,7 @@ def evaluate_tasks(
     try:
         run: Any = simple_evaluate
         found = run(model=language_model, tasks=list(specs), limit=limit, log_samples=False)
-    except (KeyError, FileNotFoundError, ConnectionError, ValueError) as error:
+    except (KeyError, FileNotFoundError, ConnectionError, ValueError, TemplateError) as error:
         raise DataError(f"lm-evaluation-harness refuses: {' '.join(str(error).split())}") from error
     return {name: _metrics(found, name) for name in found["results"]}
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,5 +116,74 @@ def test_events_measure_host_time_in_milliseconds() -> None:
         assert 45 < start.elapsed_time(end) < 1000
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().synchronize()
+        """
+    )
+
+
+OTHER_LIBRARY = """
+import torch
+
+def look():
+    return torch.cuda.is_available(), torch.cuda.device_count(), torch.ones(1).type()
+
+def fails(make):
+    try:
+        make()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return True
+    return False
+
+def moves():
+    return [
+        fails(lambda: torch.zeros(2, device="cuda")), fails(lambda: torch.ones(2).cuda()),
+        fails(lambda: torch.ones(2).to("cuda")), fails(lambda: torch.nn.Linear(2, 2).cuda()),
+    ]
+"""
+
+
+def test_other_libraries_see_the_machine_as_it_is(tmp_path: Path) -> None:
+    """A module that is neither Megatron's nor ours must not choose a device that is not there."""
+    (tmp_path / "somebody.py").write_text(OTHER_LIBRARY)
+    passes(
+        f"""
+        import sys, torch
+        sys.path.insert(0, {str(tmp_path)!r})
+        import somebody
+        before = somebody.look(), somebody.moves()
+        prepare_device()
+        assert (somebody.look(), somebody.moves()) == before
+        assert before == ((False, 0, "torch.FloatTensor"), [True] * 4)
+        assert torch.cuda.is_available() and torch.zeros(2, device="cuda").device.type == "cpu"
+        """
+    )
+
+
+def test_tensors_follow_a_device_context() -> None:
+    passes(
+        """
+        import torch
+        prepare_device()
+        with torch.device("meta"):
+            made = [torch.empty(2), torch.arange(3), torch.tensor([1.0]), torch.eye(2)]
+            assert torch.nn.Linear(2, 2).weight.is_meta
+        assert all(tensor.is_meta for tensor in made)
+        assert torch.empty(2, device="meta").is_meta and torch.ones(2).to("meta").is_meta
+        """
+    )
+
+
+def test_transformers_fills_the_buffers_of_a_model_that_it_loads(tmp_path: Path) -> None:
+    """It builds on the meta device; with memory in its place, RoPE's frequencies were garbage."""
+    passes(
+        f"""
+        prepare_device()
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
+        LlamaForCausalLM(config).save_pretrained({str(tmp_path)!r})
+        model = LlamaForCausalLM.from_pretrained({str(tmp_path)!r})
+        expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
         """
     )

@@ -2,14 +2,19 @@
 
 The training code that runs is Megatron's own; only the device underneath is another, the way vendor
 back ends put Megatron on other chips. Every patch for this device sits in this file and in
-`topk_megatron.device.megatron_patches`, each with its reason. Written for torch 2.9 to 2.14 and
+`topk_megatron.device.megatron_patches`, each with its reason. Written for torch 2.10 to 2.14 and
 megatron-core 0.19.
+
+Only Megatron may believe in a CUDA device. Other libraries in the process (transformers, torch's
+own modules) call the same functions, and one that finds a device that is not there chooses it.
+Each patched function therefore looks at its caller, and is torch's own for everybody else.
 """
 
 import contextlib
 import functools
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -43,8 +48,13 @@ _FACTORIES = [
 ]
 
 
+# Top-level packages for which the CPU stands in for a CUDA device; a script is its job's own.
+_SERVED = ("megatron", "topk_megatron", "__main__")
+
+
 def redirect_cuda_to_cpu() -> None:
     """Patch torch, then the few places of Megatron that bypass torch's Python interface."""
+    _keep_device_contexts()
     _patch_cuda_functions()
     _patch_streams()
     _patch_factories()
@@ -55,6 +65,34 @@ def redirect_cuda_to_cpu() -> None:
     from topk_megatron.device.megatron_patches import patch_megatron_for_cpu
 
     patch_megatron_for_cpu()
+
+
+def _keep_device_contexts() -> None:
+    """Let ``with torch.device(...)`` know torch's own factories before they are replaced.
+
+    The context recognises a factory by identity, from a set that torch makes when a context is
+    first entered. Made after the patches, it would hold our wrappers, and no tensor would follow a
+    context any more: a model built on the meta device would get memory that nobody fills.
+    """
+    from torch.utils import _device
+
+    _device._device_constructors()
+
+
+def _is_served() -> bool:
+    """Whether the caller of a patched function is Megatron or this project."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.partition(".")[0] in _SERVED
+
+
+def _for_megatron(answer: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` where Megatron calls, `stock` elsewhere."""
+
+    @functools.wraps(stock)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return answer(*args, **kwargs) if _is_served() else stock(*args, **kwargs)
+
+    return patched
 
 
 def _to_cpu(device: Any) -> Any:
@@ -94,9 +132,11 @@ def _patch_cuda_functions() -> None:
         multi_processor_count=os.cpu_count(),
     )
     # Megatron asserts that CUDA is available and asks for one device a local rank.
-    cuda.is_available = _constant(True)
-    cuda.is_initialized = _constant(True)
-    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.is_available = _for_megatron(lambda: True, cuda.is_available)
+    cuda.is_initialized = _for_megatron(lambda: True, cuda.is_initialized)
+    cuda.device_count = _for_megatron(
+        lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cuda.device_count
+    )
     cuda.current_device = _constant(torch.device("cpu"))
     cuda.get_device_properties = _constant(properties)
     cuda.get_device_capability = _constant((0, 0))
@@ -195,9 +235,10 @@ def _patch_factories() -> None:
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _to_cpu(kwargs["device"])
-        kwargs.pop("pin_memory", None)  # pinning asks the CUDA driver
+        if ("device" in kwargs or "pin_memory" in kwargs) and _is_served():
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)  # pinning asks the CUDA driver
         return factory(*args, **kwargs)
 
     return wrapper
@@ -213,14 +254,19 @@ def _patch_tensor_methods() -> None:
         torch.bfloat16: "torch.cuda.BFloat16Tensor",
     }
 
+    @functools.wraps(original_to)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            args = (_to_cpu(args[0]), *args[1:])
-        if "device" in kwargs:
-            kwargs["device"] = _to_cpu(kwargs["device"])
+        if (args or "device" in kwargs) and _is_served():
+            if args:
+                args = (_to_cpu(args[0]), *args[1:])
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
         return original_to(self, *args, **kwargs)
 
+    @functools.wraps(original_type)
     def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not _is_served():
+            return original_type(self, dtype, *args, **kwargs)
         if dtype is None and self.dtype in type_names:
             return type_names[self.dtype]
         if isinstance(dtype, str):
@@ -228,13 +274,12 @@ def _patch_tensor_methods() -> None:
         return original_type(self, dtype, *args, **kwargs)
 
     tensor.to, tensor.type = to, type_
-    tensor.cuda = lambda self, *_, **__: self
-    tensor.pin_memory = lambda self, *_, **__: self
-    tensor.record_stream = lambda self, *_: None
+    for name in ("cuda", "pin_memory", "record_stream"):
+        setattr(tensor, name, _for_megatron(lambda self, *_, **__: self, getattr(tensor, name)))
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
         setattr(tensor, name, _on_cpu(getattr(tensor, name)))
     module: Any = torch.nn.Module
-    module.cuda = lambda self, *_, **__: self
+    module.cuda = _for_megatron(lambda self, *_, **__: self, module.cuda)
 
 
 class _TensorType(type):

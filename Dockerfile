@@ -4,7 +4,7 @@
 #     docker build --target analysis -t topk-megatron:analysis .    CPUs; Debian
 #
 # Pins are those of constraints.txt. pip's own variables (PIP_INDEX_URL and others) can be given as
-# build arguments. The analysis stages are also run without Docker: scripts/run_stage_in_chroot.py.
+# build arguments. The analysis stages are also run without Docker: contrib/run_stage_in_chroot.py.
 ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:26.09-py3
 ARG DEBIAN=debian:trixie-slim
 

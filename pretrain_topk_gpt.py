@@ -7,7 +7,7 @@ without CUDA the same command runs on the CPU.
 """
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 from topk_megatron.train.main import run
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from topk_megatron.config import TopKConfig
-from topk_megatron.testing.launch import REPOSITORY
-from topk_megatron.testing.synthetic import synthetic_config, write_synthetic_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
+from tests.harness.launch import REPOSITORY
+from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint
 
 _HIDDEN, _FFN, _VOCABULARY = 2048, 5504, 32000
 _TOOL = REPOSITORY / "tools" / "convert_checkpoint.py"
@@ -33,6 +35,10 @@ def peak():
 atexit.register(peak)
 sys.argv = [tool, *arguments]
 import torch, tqdm, transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
+from tests.harness.launch import REPOSITORY  # noqa: E402
+from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint  # noqa: E402
 runpy.run_path(tool, run_name=name)
 """
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from topk_megatron.testing.launch import REPOSITORY
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 NAMESPACES = ("topk-bench-0", "topk-bench-1")

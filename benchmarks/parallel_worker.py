@@ -6,6 +6,7 @@ while the training is the same. Every rank writes its bytes and times into TOPK_
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 from topk_megatron.parallel.saved import _Known
-from topk_megatron.testing.traffic import Traffic, counted_traffic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
+from tests.harness.traffic import Traffic, counted_traffic
 
 WARM_UP = 2  # steps of each kind that are not counted
 
@@ -75,7 +78,7 @@ class Alternation:
     """Runs Megatron's schedule densely in even training steps and sparsely in odd ones."""
 
     def __init__(self, traffic: Traffic) -> None:
-        from topk_megatron.train.pipeline import ParallelFeatures
+        from topk_megatron.train.sparsity import ParallelFeatures
 
         self.traffic = traffic
         self.records: list[dict[str, Any]] = []
@@ -122,7 +125,7 @@ class Alternation:
 
 def main_of(device: str) -> None:
     """Train and measure."""
-    from topk_megatron.train import pipeline
+    from topk_megatron.train import sparsity as pipeline
     from topk_megatron.train.main import run
 
     with counted_traffic() as traffic:

@@ -11,13 +11,15 @@ import contextlib
 import io
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 from topk_megatron.plan.dry_run import rank_zero
 from topk_megatron.plan.flags import layout_in, read_flags, shape_of
 from topk_megatron.plan.memory import memory_of
-from topk_megatron.testing.launch import REPOSITORY
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 GPUS = {"1b": 8, "7b": 64, "70b": 512, "500b": 3072}
 HEADER = """\

@@ -27,8 +27,8 @@ import torch
 
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.folder import Folder, open_folder
-from topk_megatron.analysis.record import RecordConfig, record
-from topk_megatron.analysis.source import make_source
+from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.sources import make_source
 
 SEQ_LENGTH = 256
 
@@ -147,7 +147,7 @@ def compare(args: argparse.Namespace, directory: Path) -> None:
 
 def one_size(tokens: int, directory: Path) -> None:
     """Aggregates of all six layers and their entropies, in a process of its own."""
-    from topk_megatron.analysis.entropy import EntropyConfig, entropy
+    from topk_megatron.analysis.entropy.run import EntropyConfig, entropy
 
     folder = quickstart_folder(directory, [0, 1, 2, 3, 4, 5])
     corpus = make_corpus(tokens, folder.vocab_size)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.analysis.browser import chromium
 from tests.analysis.studies import Invention
-from topk_megatron.analysis.report import ReportConfig, write_report
+from topk_megatron.web.report import ReportConfig, write_report
 
 _TIMES = """() => ({
   first: performance.getEntriesByName('first-view')[0].startTime,

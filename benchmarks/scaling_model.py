@@ -6,6 +6,7 @@ Nothing here is measured: formulas and assumptions are the planner's (topk_megat
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from topk_megatron.plan.assumptions import LINKS, cluster_of
 from topk_megatron.plan.flags import read_flags, shape_of
@@ -14,7 +15,8 @@ from topk_megatron.plan.memory import input_bytes, memory_of
 from topk_megatron.plan.shape import Shape
 from topk_megatron.plan.step_time import compute_seconds, transport_seconds
 from topk_megatron.plan.traffic import message_bytes
-from topk_megatron.testing.launch import REPOSITORY
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # One sequence of 4096 a microbatch, a TopK at every boundary, no dropout.
 COMMON = [

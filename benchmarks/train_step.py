@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 def parse() -> argparse.Namespace:
@@ -99,7 +99,7 @@ def main() -> None:
         torch.set_num_threads(1)
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import patch_dataset_compiler
     from topk_megatron.train.main import be_one_process
     from topk_megatron.train.main import parse as parse_megatron
 

@@ -5,7 +5,7 @@
 #     docker run … topk-megatron python tools/convert_checkpoint.py to-hf …
 set -eu
 case "${1:-}" in
--*) exec python -m topk_megatron.cluster.launch "$@" ;;
-"") exec python -m topk_megatron.cluster.launch --help ;;
+-*) exec python -m topk_megatron.train.launch "$@" ;;
+"") exec python -m topk_megatron.train.launch --help ;;
 *) exec "$@" ;;
 esac

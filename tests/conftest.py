@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from topk_megatron.testing.forks import REPOSITORY, run_forked
+from tests.harness.forks import REPOSITORY, run_forked
 
 TOOLS_OF_MEGATRON = ("preprocess_data.py", "sample.py")
 

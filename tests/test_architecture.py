@@ -5,43 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY
+from tests.harness.launch import REPOSITORY
 
 PACKAGE = REPOSITORY / "topk_megatron"
 # What each part may import of the others; nothing else.
 ALLOWED = {
     "ops": set(),
     "errors": set(),
+    "files": {"errors"},
+    "cli": {"errors"},
     "config": {"errors"},
-    "schedule": {"config"},
-    "exitcodes": set(),
-    "cli": {"errors", "exitcodes"},
-    "cluster": {"exitcodes"},
-    "device": {"errors"},
-    "text": {"errors"},
-    "checkpoint": {"errors"},
-    "parallel": {"config", "errors", "ops", "schedule"},
-    "model": {"config", "errors", "ops", "parallel", "schedule"},
+    "compat": {"errors"},
+    "text": {"errors", "files"},
+    "checkpoint": {"errors", "files"},
+    "parallel": {"config", "errors", "ops"},
+    "model": {"config", "errors", "ops", "parallel"},
     "train": {
-        *(
-            "checkpoint",
-            "config",
-            "device",
-            "errors",
-            "exitcodes",
-            "model",
-            "ops",
-            "parallel",
-            "schedule",
-            "text",
-        )
+        *("checkpoint", "compat", "config", "errors", "files", "model", "ops", "parallel", "text")
     },
-    "plan": {"config", "device", "errors", "model", "parallel", "train"},
-    "hf": {"checkpoint", "config", "errors", "ops", "schedule"},
-    "evaluation": {"errors", "hf", "text"},
-    "analysis": {"config", "errors", "hf", "ops", "text"},
-    "explorer": {"analysis", "cli", "errors", "hf"},
-    "testing": {"checkpoint", "cli", "cluster", "config", "device", "hf", "model", "ops", "train"},
+    "plan": {"compat", "config", "errors", "model", "parallel", "train"},
+    "hf": {"checkpoint", "config", "errors", "files", "ops"},
+    "evaluation": {"errors", "files", "hf", "text"},
+    "analysis": {"config", "errors", "files", "hf", "ops", "text"},
+    "web": {"analysis", "cli", "errors", "files", "hf"},
 }
 
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topk_megatron.config import TopKConfig, parse_layers
+from topk_megatron.config import TopKConfig, k_at, parse_layers
 from topk_megatron.errors import ConfigError
-from topk_megatron.schedule import k_at
 
 
 def config(**changes: object) -> TopKConfig:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY
+from tests.harness.launch import REPOSITORY
 
 SHIPPED = ("topk_megatron", "tools", "examples", "benchmarks", "docker", "scripts")
 # The one place that opens pickles of others, through an allow list of classes.
 UNPICKLES = "topk_megatron/checkpoint/pickles.py"
 # Where an exported folder's own code is run, in a command whose user names the folder.
-RUNS_MODEL_CODE = {"topk_megatron/hf/load.py"}
+RUNS_MODEL_CODE = {"topk_megatron/hf/model.py"}
 MODULES_THAT_UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -137,7 +137,7 @@ def test_nothing_listens_to_other_machines_unless_told_to() -> None:
 
 
 def test_explorer_and_slurm_on_loopback_listen_on_this_machine() -> None:
-    command = (REPOSITORY / "topk_megatron" / "explorer" / "command.py").read_text()
+    command = (REPOSITORY / "topk_megatron" / "web" / "explorer" / "command.py").read_text()
     assert '"--host", default="127.0.0.1"' in command
     slurm = (REPOSITORY / "scripts" / "slurm_on_loopback.sh").read_text()
     assert "NoCtldInAddrAny,NoInAddrAny" in slurm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY
+from tests.harness.launch import REPOSITORY
 
 CONSTRAINTS = ("constraints.txt", "constraints-transformers-4.txt")
 pytestmark = pytest.mark.skipif(

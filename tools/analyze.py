@@ -8,9 +8,20 @@ Formats and formulas: docs/analysis.md.
 """
 
 import argparse
+import importlib
 
-from topk_megatron.analysis.commands import register_all
 from topk_megatron.cli import exit_on_user_error
+
+# Each module has ``register(commands)``, which adds its parser and sets ``run`` on it: a function
+# of the parsed arguments.
+COMMANDS = (
+    "topk_megatron.analysis.record.command",
+    "topk_megatron.analysis.entropy.command",
+    "topk_megatron.analysis.track.command",
+    "topk_megatron.analysis.steer.command",
+    "topk_megatron.analysis.sae.command",
+    "topk_megatron.web.report.command",
+)
 
 
 def parse() -> argparse.Namespace:
@@ -19,7 +30,8 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    register_all(commands)
+    for module in COMMANDS:
+        importlib.import_module(module).register(commands)
     return parser.parse_args()
 
 

@@ -3,7 +3,7 @@
 python tools/explorer.py --model hf/topk --study study
 """
 
-from topk_megatron.explorer.command import main
+from topk_megatron.web.explorer.command import main
 
 if __name__ == "__main__":
     main()

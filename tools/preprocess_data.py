@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 from topk_megatron.text.preprocess import PreprocessConfig, Summary, preprocess
 from topk_megatron.text.tokenizer import add_tokenizer_arguments
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 def parse() -> argparse.Namespace:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from topk_megatron.errors import RunError, TransportError, UserError
-from topk_megatron.exitcodes import USER_ERROR
+from topk_megatron.errors import USER_ERROR, RunError, TransportError, UserError
 
 _PATIENCE_SECONDS = 10
 

@@ -1,4 +1,13 @@
-"""Errors that a user can cause. Command lines print their message as one line and exit with 2."""
+"""Errors that a user can cause, and the codes with which a process ends.
+
+Command lines print the message of such an error as one line and exit with `USER_ERROR`.
+"""
+
+# A user's mistake, or a run that cannot continue: the same command would end the same way again.
+USER_ERROR = 2
+# The run was asked to stop (SIGTERM) and saved; started again, it continues. It is the temporary
+# failure of sysexits.h, and the code to put into Slurm's RequeueExit.
+REQUEUE = 75
 
 
 class UserError(ValueError):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from topk_megatron.errors import CheckpointError, ConfigError
+from topk_megatron.files import new_folder
 from topk_megatron.hf.export import check_config
-from topk_megatron.hf.folder import new_folder
-from topk_megatron.hf.load import load_model, load_tokenizer
+from topk_megatron.hf.model import load_model, load_tokenizer
+from topk_megatron.hf.safetensors import read_json
 from topk_megatron.hf.shards import INDEX, ShardWriter, TensorPlan, plan_shards
-from topk_megatron.hf.weights import read_json
 
 RECORD = "deepspeed_training.json"
 _SHARD_BYTES = 2 * 2**30

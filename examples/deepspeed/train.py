@@ -197,7 +197,7 @@ class Trainer:
         self.stopping = True
 
     def _say_stopped(self, step: int) -> None:
-        """To the user, and to topk_megatron.cluster.launch, which makes exit code 75 of it."""
+        """To the user, and to topk_megatron.train.launch, which makes exit code 75 of it."""
         said = f"stopped by a signal after step {step}, saved in {self.checkpoints}"
         note = os.environ.get("TOPK_STOP_NOTE")
         if note is not None and os.environ["LOCAL_RANK"] == "0":

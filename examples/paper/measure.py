@@ -92,12 +92,11 @@ def _measure(
     import torch
 
     torch.set_num_threads(1)
-    from topk_megatron.analysis.tables import replacing
     from topk_megatron.evaluation.model import open_model
     from topk_megatron.evaluation.perplexity import read_documents, window_losses
     from topk_megatron.evaluation.tasks import evaluate_tasks
+    from topk_megatron.files import read_scalars, replacing
     from topk_megatron.hf.export import ExportSettings, export_checkpoint
-    from topk_megatron.testing.launch import read_scalars
 
     shutil.rmtree(folder_of(run), ignore_errors=True)
     export_checkpoint(run.directory / "checkpoints", folder_of(run), ExportSettings())
@@ -123,8 +122,8 @@ def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str,
     from topk_megatron.analysis.corpus import open_corpus
     from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.measures import corrected_entropy
-    from topk_megatron.analysis.record import RecordConfig, record
-    from topk_megatron.analysis.source import make_source
+    from topk_megatron.analysis.record.run import RecordConfig, record
+    from topk_megatron.analysis.sources import make_source
 
     folder = open_folder(folder_of(run))
     corpus = open_corpus(

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from topk_megatron.testing.launch import read_scalars
+from topk_megatron.files import read_scalars
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # Exactly one node keeps the list of those who have arrived. Said outright: torchrun would guess it
 # from host names, which fails where a node has several.
 is_host=$([ "$SLURM_PROCID" = 0 ] && echo 1 || echo 0)
-exec "$PYTHON" -m topk_megatron.cluster.launch \
+exec "$PYTHON" -m topk_megatron.train.launch \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$RESTARTS" \
     --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$RDZV_ENDPOINT" \
     --rdzv-conf "is_host=$is_host,join_timeout=900" \

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.harness.launch import REPOSITORY
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.folder import Folder
-from topk_megatron.testing.launch import REPOSITORY
 
 
 class PlantedSource:

@@ -11,7 +11,8 @@ from topk_megatron.analysis import tables
 from topk_megatron.analysis.claims import claim, row
 from topk_megatron.analysis.measures import Interval
 from topk_megatron.analysis.study import write_claims, write_json
-from topk_megatron.analysis.tables import file_facts, write_table
+from topk_megatron.analysis.tables import write_table
+from topk_megatron.files import file_facts
 
 # Tokens that would be markup, a line break, a quote, nothing, and a byte.
 ODD = ["<script>window.hacked=1</script>", "</script>", "\n", ' "quoted"', "", "<0x0A>", "&amp;"]

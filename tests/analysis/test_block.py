@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topk_megatron.analysis import block
-from topk_megatron.analysis.block import BlockText, Sizes, histogram, moments, top_examples
+from topk_megatron.analysis.record import block
+from topk_megatron.analysis.record.block import BlockText, Sizes, histogram, moments, top_examples
 
 WIDTH, VOCAB, K = 6, 5, 3
 

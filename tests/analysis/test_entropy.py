@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.analysis.planted import PlantedSource, analyze, assert_one_error, make_corpus
-from topk_megatron.analysis.entropy import EntropyConfig, entropy
-from topk_megatron.analysis.entropy_neurons import control_entropies, layer_examples
+from topk_megatron.analysis.entropy.neurons import control_entropies, layer_examples
+from topk_megatron.analysis.entropy.run import EntropyConfig, entropy
+from topk_megatron.analysis.entropy.semantic import load_embedding, semantic_entropy
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record import RecordConfig, record
-from topk_megatron.analysis.semantic import load_embedding, semantic_entropy
+from topk_megatron.analysis.record.run import RecordConfig, record
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError

@@ -15,15 +15,16 @@ import torch
 
 from tests.analysis.conftest import HIDDEN, VOCAB, K
 from tests.analysis.planted import analyze, assert_one_error, files_of
-from topk_megatron.analysis import merge, tables
+from tests.harness.launch import REPOSITORY
+from topk_megatron.analysis import tables
 from topk_megatron.analysis.corpus import Corpus, open_corpus
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record import RecordConfig, record
-from topk_megatron.analysis.source import make_source
+from topk_megatron.analysis.record import merge
+from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run, open_run
 from topk_megatron.errors import AnalysisError
 from topk_megatron.ops.reference import topk_mask_reference
-from topk_megatron.testing.launch import REPOSITORY
 
 SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
 # Sums are made in another order on other numbers of threads.

@@ -12,11 +12,11 @@ import torch
 
 from tests.analysis.browser import chromium, open_page
 from tests.analysis.studies import ODD, Invention
-from topk_megatron.analysis.commands import register_all
-from topk_megatron.analysis.promote import OutputDirections, read_directions
-from topk_megatron.analysis.report import ReportConfig, write_report
+from topk_megatron.analysis.promoted import OutputDirections, read_directions
 from topk_megatron.analysis.study import open_run
 from topk_megatron.errors import AnalysisError
+from topk_megatron.web.report import ReportConfig, write_report
+from topk_megatron.web.report import command as report_command
 
 HOSTILE = "<script>window.hacked=1</script>"
 SIZE = 2 * 32
@@ -137,7 +137,7 @@ def test_search_that_cannot_be_answered_says_why(page: Any, query: str, message:
 def test_sort_by_a_measure_puts_the_largest_first_and_the_unmeasured_last(
     page: Any, study: Path, measure: str
 ) -> None:
-    from topk_megatron.analysis.report.measures import collect_measures
+    from topk_megatron.web.report.measures import collect_measures
 
     run = open_run(study, "topk")
     values = next(m for m in collect_measures(study, run) if m.key == measure).values.ravel()
@@ -201,7 +201,7 @@ def test_study_of_a_recording_alone_shows_what_is_missing(
 ) -> None:
     Invention(tmp_path, layers=1, width=8, vocab=20).record()
     parser = argparse.ArgumentParser()
-    register_all(parser.add_subparsers())
+    report_command.register(parser.add_subparsers())
     args = parser.parse_args(["report", "--study", str(tmp_path)])
     args.run(args)
     assert "report.html: topk, 8 neurons, 0 claims" in capsys.readouterr().out

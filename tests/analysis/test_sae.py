@@ -8,10 +8,10 @@ import torch
 
 from tests.analysis.planted import analyze, assert_one_error
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.sae import MatchConfig, match_layer
-from topk_megatron.analysis.sae_files import load_saes, sae_directory
-from topk_megatron.analysis.sae_train import SAETraining, train_sae
-from topk_megatron.analysis.source import make_source
+from topk_megatron.analysis.sae.results import MatchConfig, match_layer
+from topk_megatron.analysis.sae.saved import load_saes, sae_directory
+from topk_megatron.analysis.sae.training import SAETraining, train_sae
+from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import open_run, read_json
 from topk_megatron.analysis.tables import read_table
 

@@ -10,7 +10,9 @@ from tests.analysis.conftest import K
 from tests.analysis.planted import analyze, assert_one_error
 from topk_megatron.analysis.corpus import open_corpus
 from topk_megatron.analysis.folder import Folder, open_folder
-from topk_megatron.analysis.generate import (
+from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.sources import make_source
+from topk_megatron.analysis.steer.generate import (
     Push,
     Sampling,
     generate,
@@ -18,9 +20,7 @@ from topk_megatron.analysis.generate import (
     logit_changes,
     repetition,
 )
-from topk_megatron.analysis.record import RecordConfig, record
-from topk_megatron.analysis.source import make_source
-from topk_megatron.analysis.steer import equal_activity
+from topk_megatron.analysis.steer.run import equal_activity
 from topk_megatron.analysis.study import Run
 from topk_megatron.analysis.tables import read_table
 

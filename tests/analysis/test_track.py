@@ -12,10 +12,10 @@ from hypothesis.extra import numpy as hnp
 from tests.analysis.conftest import make_model
 from tests.analysis.planted import PlantedSource, analyze, assert_one_error, make_corpus
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record import RecordConfig, record
+from topk_megatron.analysis.record.run import RecordConfig, record
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
-from topk_megatron.analysis.track import TrackConfig, stays_from, track_layer, track_layers
+from topk_megatron.analysis.track.run import TrackConfig, stays_from, track_layer, track_layers
 
 FIRES = {
     # At each of three checkpoints, the tokens of neurons 0, 1, 2.

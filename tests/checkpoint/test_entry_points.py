@@ -10,9 +10,9 @@ import torch
 
 from tests.checkpoint.hostile import PAYLOADS, PLACES, Touch
 from tests.conftest import run_tool
+from tests.harness.launch import TINY_MODEL, TINY_TRAINING, pretrain
+from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint
 from topk_megatron.config import TopKConfig
-from topk_megatron.testing.launch import TINY_MODEL, TINY_TRAINING, pretrain
-from topk_megatron.testing.synthetic import synthetic_config, write_synthetic_checkpoint
 
 Plant = Callable[[Path, bytes], None]
 TOPK = TopKConfig(hidden_size=32, num_layers=3, k=4, layers=(0, 1))

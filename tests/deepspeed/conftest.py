@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.deepspeed.watched_train import EXAMPLE
+from tests.harness.launch import REPOSITORY
 from tests.hf.models import make_folder
-from topk_megatron.testing.launch import REPOSITORY
 
 STEPS, LENGTH = 5, 48
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.deepspeed.conftest import LENGTH, STEPS, flags
 from tests.deepspeed.watched_train import EXAMPLE, TOKENS
-from topk_megatron.exitcodes import REQUEUE
-from topk_megatron.testing.launch import Run, kill_job, start
+from tests.harness.launch import Run, kill_job, start
+from topk_megatron.errors import REQUEUE
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -30,7 +30,7 @@ def train(ranks: int, launcher: str, *arguments: str, **environment: str) -> Run
         "deepspeed": ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"],
         "cluster": [
             "-m",
-            "topk_megatron.cluster.launch",
+            "topk_megatron.train.launch",
             "--standalone",
             f"--nproc-per-node={ranks}",
         ],

@@ -1,6 +1,6 @@
 """Trains Megatron's stock GPT model and the TopK one side by side; writes what was equal.
 
-An entry for `topk_megatron.testing.launch.pretrain`. The stock model is built by Megatron's builder
+An entry for `tests.harness.launch.pretrain`. The stock model is built by Megatron's builder
 from Megatron's spec; both get the same weights, batches and SGD steps.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 STEPS = 20
 
@@ -57,7 +57,7 @@ def main() -> None:
     device = prepare_device()
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import parse

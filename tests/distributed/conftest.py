@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import TINY_MODEL, TINY_TRAINING, Run, pretrain
+from tests.harness.launch import TINY_MODEL, TINY_TRAINING, Run, pretrain
 
 TOPK = ["--topk-k", "8", "--topk-layers", "0-2"]
 

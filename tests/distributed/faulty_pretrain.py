@@ -1,6 +1,6 @@
 """Pretraining in which one rank meets a fault before a chosen step.
 
-An entry for `topk_megatron.testing.launch.pretrain`. TOPK_FAULT is RANK:ITERATION:WHAT, where WHAT
+An entry for `tests.harness.launch.pretrain`. TOPK_FAULT is RANK:ITERATION:WHAT, where WHAT
 is ``kill`` (the rank ends by -9, in the first life of the job only), ``nan`` (its loss is NaN) or
 ``signal`` (it alone gets SIGTERM). TOPK_FAULT_STEP_SECONDS slows every step down.
 """
@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 @exit_on_user_error

@@ -1,6 +1,6 @@
 """Pretraining that is killed with -9, all ranks and the launcher, at a chosen point of a save.
 
-An entry for `topk_megatron.testing.launch.pretrain`. TOPK_KILL_AT names the point, TOPK_KILL_SAVE
+An entry for `tests.harness.launch.pretrain`. TOPK_KILL_AT names the point, TOPK_KILL_SAVE
 the iteration whose save is hit.
 """
 
@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.device import prepare_device
-from topk_megatron.testing.launch import kill_job
+from tests.harness.launch import kill_job
+from topk_megatron.compat import prepare_device
 
 
 def main() -> None:

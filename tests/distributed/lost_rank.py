@@ -8,7 +8,7 @@ import signal
 from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 @exit_on_user_error

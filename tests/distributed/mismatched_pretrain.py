@@ -1,13 +1,13 @@
 """Pretraining whose rank 1 is started with another k, as a stale launch script would.
 
-An entry for `topk_megatron.testing.launch.pretrain`.
+An entry for `tests.harness.launch.pretrain`.
 """
 
 import os
 import sys
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 @exit_on_user_error

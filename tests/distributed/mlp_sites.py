@@ -1,6 +1,6 @@
 """Compares Megatron MLPs that have a TopK with the formula of docs/mlp.md on whole weights.
 
-An entry for `topk_megatron.testing.launch.pretrain` with two tensor-parallel ranks. Every case
+An entry for `tests.harness.launch.pretrain` with two tensor-parallel ranks. Every case
 builds one of Megatron's MLPs, gathers its weights, and computes the same by definition.
 """
 
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topk_megatron.device import prepare_device
+from tests.harness.traffic import counted_traffic
+from topk_megatron.compat import prepare_device
 from topk_megatron.ops.reference import topk_mask_reference
-from topk_megatron.testing.traffic import counted_traffic
 
 HIDDEN, WIDTH, TOKENS = 32, 48, 10
 
@@ -103,8 +103,8 @@ def main() -> None:
     device = prepare_device()
     from megatron.training.initialize import initialize_megatron
 
+    from topk_megatron.compat.patches import patch_dataset_compiler
     from topk_megatron.config import TopKConfig
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
     from topk_megatron.model.mlp import add_topk
     from topk_megatron.train.main import parse
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from tests.harness.launch import REPOSITORY
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
-from topk_megatron.testing.launch import REPOSITORY
+from topk_megatron.compat import prepare_device
 
 ROWS, LENGTH = 4, 64
 
@@ -25,7 +25,7 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import be_one_process, parse

@@ -1,6 +1,6 @@
 """Pretraining with the operator's definition in place of its kernel.
 
-An entry for `topk_megatron.testing.launch.pretrain`.
+An entry for `tests.harness.launch.pretrain`.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 

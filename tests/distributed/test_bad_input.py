@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY, SCRIPT, Run, pretrain
+from tests.harness.launch import REPOSITORY, SCRIPT, Run, pretrain
 
 pytestmark = [pytest.mark.distributed]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from tests.harness.launch import Run, pretrain
 from topk_megatron.checkpoint.directory import TRACKER, is_complete
-from topk_megatron.testing.launch import Run, pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

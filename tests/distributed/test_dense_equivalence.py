@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.launch import pretrain
+from tests.harness.launch import pretrain
 
 pytestmark = [pytest.mark.distributed]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from tests.harness import observed_pretrain
+from tests.harness.launch import Run, pretrain
 from topk_megatron.ops import extension
-from topk_megatron.testing import observed_pretrain
-from topk_megatron.testing.launch import Run, pretrain
 
 TOLERANCE = 2e-5
 LAYOUTS = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from topk_megatron.testing.launch import REPOSITORY, pretrain
+from tests.harness.launch import REPOSITORY, pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
+from tests.harness.launch import Run, kill_job, pretrain, start
 from topk_megatron.checkpoint.directory import TRACKER, is_complete
-from topk_megatron.exitcodes import REQUEUE
-from topk_megatron.testing.launch import Run, kill_job, pretrain, start
+from topk_megatron.errors import REQUEUE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -99,7 +99,7 @@ def launch(
     flags: list[str], directory: Path, *, fault: str = "", signal_after: str = "", pause: str = "0"
 ) -> Run:
     """A job under our launcher, which gets SIGTERM as soon as its output matches."""
-    launcher = [sys.executable, "-m", "topk_megatron.cluster.launch", "--standalone"]
+    launcher = [sys.executable, "-m", "topk_megatron.train.launch", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", str(FAULTY), *flags, *TOPK, *saving(directory)]
     environment = {"TOPK_FAULT_STEP_SECONDS": pause}
     if fault:

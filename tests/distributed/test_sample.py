@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import run_tool
 from tests.distributed.conftest import TOPK
-from topk_megatron.testing.launch import pretrain
+from tests.harness.launch import pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

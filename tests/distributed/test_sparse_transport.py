@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK
-from topk_megatron.testing.launch import REPOSITORY, Run, pretrain
+from tests.harness.launch import REPOSITORY, Run, pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from topk_megatron.testing.launch import REPOSITORY
+from tests.harness.launch import REPOSITORY
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
 TARGETS = ("training", "analysis")
@@ -38,8 +38,8 @@ def load(path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def chroot() -> Any:
-    load("scripts/dockerfile.py")  # its sibling, which it imports
-    return load("scripts/run_stage_in_chroot.py")
+    load("contrib/dockerfile.py")  # its sibling, which it imports
+    return load("contrib/run_stage_in_chroot.py")
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,9 @@ def test_kept_packages_stay_as_they_are_installed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "started"),
     [
-        (["--standalone", "a.py"], "-m topk_megatron.cluster.launch --standalone a.py"),
+        (["--standalone", "a.py"], "-m topk_megatron.train.launch --standalone a.py"),
         (["python", "tools/x.py", "a b"], "tools/x.py a b"),
-        ([], "-m topk_megatron.cluster.launch --help"),
+        ([], "-m topk_megatron.train.launch --help"),
     ],
 )
 def test_entry_point_starts_the_launcher_or_a_program(
@@ -243,7 +243,7 @@ def test_nothing_of_the_host_but_the_pip_cache_is_writable_in_the_chroot(
     not os.environ.get("TOPK_TEST_CHROOT"), reason="minutes; TOPK_TEST_CHROOT=1 asks for it"
 )
 def test_steps_of_the_analysis_image_run_in_a_chroot(tmp_path: Path) -> None:
-    script = REPOSITORY / "scripts" / "run_stage_in_chroot.py"
+    script = REPOSITORY / "contrib" / "run_stage_in_chroot.py"
     code = "import torch, topk_megatron.ops as ops; print(ops.topk_mask(torch.arange(4.0), 1))"
     command = [str(script), "analysis", str(tmp_path / "roots"), "--", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)

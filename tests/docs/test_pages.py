@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.forks import REPOSITORY, run_forked
+from tests.harness.forks import REPOSITORY, run_forked
 
 PAGES = sorted(
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_megatron.testing.forks import REPOSITORY
+from tests.harness.forks import REPOSITORY
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mkdocs", reason="the site is built with mkdocs")

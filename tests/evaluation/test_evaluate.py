@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import run_tool
+from tests.harness.launch import REPOSITORY
 from topk_megatron.evaluation.model import OpenModel, open_model
 from topk_megatron.evaluation.tasks import read_task
-from topk_megatron.testing.launch import REPOSITORY
 
 TASKS = REPOSITORY / "examples" / "quickstart" / "tasks"
 

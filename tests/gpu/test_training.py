@@ -8,8 +8,8 @@ import torch
 
 from tests.distributed.conftest import TOPK
 from tests.gpu.conftest import need_gpus
-from topk_megatron.device.acceleration import find_accelerators
-from topk_megatron.testing.launch import Run, pretrain
+from tests.harness.launch import Run, pretrain
+from topk_megatron.compat.accelerators import find_accelerators
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -1,12 +1,12 @@
 """Pretraining that prints, for each TopK output, its dtype and how many neurons survive.
 
-An entry for `topk_megatron.testing.launch.pretrain`.
+An entry for `tests.harness.launch.pretrain`.
 """
 
 from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 
 
 @exit_on_user_error

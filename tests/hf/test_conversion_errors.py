@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_tool
+from tests.harness.launch import REPOSITORY
+from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
 from topk_megatron.hf import shards
 from topk_megatron.hf.export import ExportSettings, export_checkpoint
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
-from topk_megatron.testing.launch import REPOSITORY
-from topk_megatron.testing.synthetic import synthetic_config, write_synthetic_checkpoint
 
 TOPK = TopKConfig(hidden_size=32, num_layers=3, k=4, layers=(0, 1))
 CONFIG = synthetic_config()

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
+from tests.harness.launch import REPOSITORY
+from tests.harness.synthetic import synthetic_config
 from topk_megatron.errors import CheckpointError
 from topk_megatron.hf.flags import COMPUTED, DIRECT, REFUSED, read_config, write_args
-from topk_megatron.hf.names import TOPK_LM, pieces
+from topk_megatron.hf.mapping import TOPK_LM, pieces
 from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
 from topk_megatron.hf.splits import SPLITS
-from topk_megatron.testing.launch import REPOSITORY
-from topk_megatron.testing.synthetic import synthetic_config
 
 _LIST_ARGUMENTS = """
 import sys
 sys.argv = ["x"]
-from topk_megatron.device import prepare_device
+from topk_megatron.compat import prepare_device
 device = prepare_device()
 from megatron.training.arguments import parse_args
 from topk_megatron.train.arguments import arguments_provider

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.harness.launch import REPOSITORY
 from tests.hf.models import FAMILIES, make_model, make_tokens
-from topk_megatron.testing.launch import REPOSITORY
 
 OLDER = REPOSITORY / ".venv" / "transformers-4"
 

@@ -15,10 +15,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from topk_megatron.config import TopKConfig, parse_layers
 from topk_megatron.model import spec as spec_module
-from topk_megatron.model.norm import SequenceParallelNorm
-from topk_megatron.model.residual import TopKTransformerLayer, with_topk
+from topk_megatron.model.layer import TopKTransformerLayer, with_topk
 from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.model.spec import topk_layer_spec
+from topk_megatron.model.spec import SequenceParallelNorm, topk_layer_spec
 
 LAYERS = 6
 

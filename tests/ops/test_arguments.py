@@ -10,7 +10,7 @@ from topk_megatron.ops import (
     topk_mask_with_bits,
     unpack_sparse,
 )
-from topk_megatron.ops.topk_mask import MAX_HIDDEN_SIZE
+from topk_megatron.ops.api import MAX_HIDDEN_SIZE
 
 X = torch.randn(2, 64)
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.harness.launch import REPOSITORY
 from tests.plan.conftest import SMALL, config_flags
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.dry_run import check_shard, check_stage, dry_run, stage_table
 from topk_megatron.plan.flags import layout_in, shape_of
-from topk_megatron.testing.launch import REPOSITORY
 
 MANY_RANKS = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 MANY_RANKS += ["--pipeline-model-parallel-size", "4"]

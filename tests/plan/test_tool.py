@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import plan_memory, scaling_model
 from tests.conftest import run_tool
+from tests.harness.launch import REPOSITORY
 from tests.plan.conftest import SMALL, config_flags
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.assumptions import SCALARS, cluster_of
@@ -21,7 +22,6 @@ from topk_megatron.plan.flags import layout_in, read_flags, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.report import assumption_table
 from topk_megatron.plan.script import write_script
-from topk_megatron.testing.launch import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 EXAMPLE = ["configs/70b.args", "--gpu", "h100", "--nodes", "64"]

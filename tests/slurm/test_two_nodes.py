@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import TOPK, flags  # noqa: F401
-from topk_megatron.testing.launch import REPOSITORY, pretrain, read_scalars
+from tests.harness.launch import REPOSITORY, pretrain
+from topk_megatron.files import read_scalars
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from tests.conftest import run_tool
-from topk_megatron.testing.launch import REPOSITORY
+from tests.harness.launch import REPOSITORY
 
 LINES = [{"text": "To be, or not to be."}, {"text": "Words, words,\nwords."}, {"text": "Ay me!"}]
 

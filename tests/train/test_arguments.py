@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.launch import REPOSITORY
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import DataError
-from topk_megatron.testing.launch import REPOSITORY
 from topk_megatron.train.arguments import CPU_DEFAULTS, add_topk_arguments
 from topk_megatron.train.data_files import check_data_files, count_documents, split_weights
 from topk_megatron.train.main import announce

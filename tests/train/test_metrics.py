@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.launch import TINY_MODEL, TINY_TRAINING, pretrain
 from topk_megatron.config import TopKConfig
 from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.testing.launch import TINY_MODEL, TINY_TRAINING, pretrain
 from topk_megatron.train.metrics import LayerMetrics, format_metrics
 
 MOCK = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "511"]

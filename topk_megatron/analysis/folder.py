@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf.load import load_model, load_tokenizer
+from topk_megatron.hf.model import load_model, load_tokenizer
 
 _NO_TOPK = {"site": "residual", "k": 0, "layers": [], "mode": "value"}
 

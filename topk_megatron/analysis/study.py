@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis.tables import file_facts, read_table, replacing
+from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
+from topk_megatron.files import file_facts, replacing
 
 FORMAT_VERSION = 1
 COMMANDS = ("entropy", "track", "steer", "sae")

@@ -1,9 +1,6 @@
 """Columns of the tables of a study, as docs/analysis.md promises them, and how they are written."""
 
-import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topk_megatron.errors import AnalysisError
+from topk_megatron.files import replacing
 
 COMPRESSION = "zstd"
 _LEVEL = 1
-_PARTIAL = ".partial-"
 
 VOCABULARY = pa.schema([("token", pa.int32()), ("text", pa.string()), ("count", pa.int64())])
 NEURONS = pa.schema(
@@ -69,27 +66,6 @@ ACTIVATIONS = pa.schema(
 TOKENS = pa.schema([("position", pa.int64()), ("document", pa.int32()), ("token", pa.int32())])
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` in one step if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_partial(directory: Path) -> None:
-    """Delete what killed processes left of files that they were writing below `directory`.
-
-    No other process may be writing there.
-    """
-    for path in directory.rglob(f".*{_PARTIAL}*"):
-        path.unlink(missing_ok=True)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file in one step."""
     with replacing(path) as temporary:
@@ -120,10 +96,3 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
             f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run the command that "
             "wrote it again"
         ) from error
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as manifests hold them."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

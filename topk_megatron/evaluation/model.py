@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import CheckpointError, ConfigError
-from topk_megatron.hf.load import load_model, load_tokenizer
+from topk_megatron.hf.model import load_model, load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 

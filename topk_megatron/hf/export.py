@@ -13,13 +13,13 @@ import torch
 
 from topk_megatron.checkpoint.directory import find_checkpoint
 from topk_megatron.errors import CheckpointError
+from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf import modeling
 from topk_megatron.hf.card import model_card
-from topk_megatron.hf.folder import new_folder, refuse_existing
-from topk_megatron.hf.names import Piece
+from topk_megatron.hf.mapping import Piece
+from topk_megatron.hf.megatron_source import MegatronSource
 from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE
 from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
-from topk_megatron.hf.source import MegatronSource
 from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
 

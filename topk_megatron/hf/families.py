@@ -1,7 +1,7 @@
 """Dense Hugging Face models as ours, as data: what each setting of their config.json becomes.
 
-Their weights have the names of `topk_megatron.hf.names`. A setting that no table knows is an error
-that names it, unless it is off.
+Their weights have the names of `topk_megatron.hf.mapping`. A setting that no table knows is an
+error that names it, unless it is off.
 """
 
 from typing import Any

@@ -14,13 +14,13 @@ from torch import Tensor
 from topk_megatron.checkpoint.directory import TRACKER
 from topk_megatron.checkpoint.writer import Chunk, write_torch_dist
 from topk_megatron.errors import CheckpointError, ConfigError
+from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf.export import PADDING_FILE, Progress
-from topk_megatron.hf.folder import new_folder, refuse_existing
-from topk_megatron.hf.names import EXTRA_STATE, Piece, pieces, sizes
+from topk_megatron.hf.folder_source import HuggingFaceSource
+from topk_megatron.hf.mapping import EXTRA_STATE, Piece, pieces, sizes
+from topk_megatron.hf.safetensors import SafetensorsFile
 from topk_megatron.hf.splits import SPLITS
-from topk_megatron.hf.target import HuggingFaceSource
 from topk_megatron.hf.tokenizer import SENTENCEPIECE
-from topk_megatron.hf.weights import SafetensorsFile
 
 _TOKENIZER_FILES = (
     "added_tokens.json",

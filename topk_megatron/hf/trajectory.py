@@ -10,6 +10,7 @@ from typing import Any
 
 from topk_megatron.checkpoint.directory import is_complete, iterations
 from topk_megatron.errors import CheckpointError
+from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf.export import (
     FORMAT_VERSION,
     ExportSettings,
@@ -17,8 +18,7 @@ from topk_megatron.hf.export import (
     settings_vocab,
     write_folder,
 )
-from topk_megatron.hf.folder import new_folder, refuse_existing
-from topk_megatron.hf.source import MegatronSource
+from topk_megatron.hf.megatron_source import MegatronSource
 
 MANIFEST = "trajectory.json"
 

@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from topk_megatron.config import TopKConfig
+from topk_megatron.config import TopKConfig, k_at
 from topk_megatron.model.probe import LayerProbe
 from topk_megatron.ops import topk_mask, topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
-from topk_megatron.schedule import k_at
 
 
 class TopKRuntime:

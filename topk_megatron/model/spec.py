@@ -9,6 +9,7 @@ import inspect
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, LayerType
@@ -24,8 +25,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from topk_megatron.model.norm import SequenceParallelNorm
-from topk_megatron.model.residual import with_topk
+from topk_megatron.errors import ConfigError
+from topk_megatron.model.layer import with_topk
 from topk_megatron.model.runtime import TopKRuntime
 
 LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -146,3 +147,35 @@ def _with_sequence_parallel_norms(spec: Any) -> Any:
         }
         return replace(spec, **changes)
     return spec
+
+
+_NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+
+
+class SequenceParallelNorm:
+    """Builds a `torch.nn.LayerNorm` or `RMSNorm` whose parameters are marked sequence parallel.
+
+    Megatron's own wrapper refuses sequence parallelism (megatron/core/transformer/torch_norm.py):
+    the norm's weight sees only this rank's share of the sequence, so its gradient must be summed
+    over tensor-parallel ranks. Megatron does that for parameters that carry ``sequence_parallel``
+    (see `finalize_model_grads`); this norm marks them.
+
+    Raises:
+        ConfigError: a normalisation or an option that torch's norms do not have.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
+        if config.normalization not in _NORMS:
+            raise ConfigError(
+                f"--normalization {config.normalization} needs Transformer Engine with "
+                f"--sequence-parallel; here it must be one of {', '.join(_NORMS)}"
+            )
+        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
+            if getattr(config, option):
+                raise ConfigError(f"{option} needs Transformer Engine; drop the flag")
+        norm = _NORMS[config.normalization](normalized_shape=hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore
+        return norm

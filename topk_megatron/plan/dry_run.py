@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from topk_megatron.compat import prepare_device
 from topk_megatron.config import TopKConfig
-from topk_megatron.device import prepare_device
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.flags import layout_in, shape_of
 from topk_megatron.plan.layout import Layout

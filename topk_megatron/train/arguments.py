@@ -8,6 +8,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from topk_megatron.compat.accelerators import (
+    check_accelerators,
+    describe,
+    find_accelerators,
+    gpu_defaults,
+)
+from topk_megatron.compat.patches import mend_help
 from topk_megatron.config import (
     DEFAULT_HIDDEN_PER_K,
     DEFAULT_LAYERS,
@@ -16,13 +23,6 @@ from topk_megatron.config import (
     Site,
     TopKConfig,
 )
-from topk_megatron.device.acceleration import (
-    check_accelerators,
-    describe,
-    find_accelerators,
-    gpu_defaults,
-)
-from topk_megatron.device.megatron_patches import mend_help
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.arguments_parallel import add_parallel_arguments, check_parallel

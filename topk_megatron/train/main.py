@@ -115,14 +115,14 @@ def run(device: str) -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from topk_megatron.device.megatron_patches import patch_checkpoint_save, patch_dataset_compiler
+    from topk_megatron.compat.patches import patch_checkpoint_save, patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import bind_topk
     from topk_megatron.train.data import datasets_provider
     from topk_megatron.train.metrics import install_metrics
-    from topk_megatron.train.pipeline import install_parallel
     from topk_megatron.train.resume import prepare_resume
     from topk_megatron.train.save import guard_saves
+    from topk_megatron.train.sparsity import install_parallel
     from topk_megatron.train.step import ForwardStep
     from topk_megatron.train.stop import StopWatch
 

@@ -168,7 +168,7 @@ def _load(directory: Path, saved: Namespace, flags: list[str], device: str) -> t
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.device.megatron_patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import patch_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import be_one_process, parse

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.exitcodes import REQUEUE
+from topk_megatron.errors import REQUEUE
 from topk_megatron.train.wrapping import argument_reader
 
-_NOTE = "TOPK_STOP_NOTE"  # as in topk_megatron.cluster.launch
+_NOTE = "TOPK_STOP_NOTE"  # as in topk_megatron.train.launch
 
 
 class StopWatch:

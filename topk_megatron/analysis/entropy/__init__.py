@@ -1,0 +1,1 @@
+"""`entropy`: how specialised neurons are."""

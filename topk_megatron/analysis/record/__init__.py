@@ -1,0 +1,1 @@
+"""`record`: what the neurons of a model do on a corpus, kept as tables."""

@@ -1,0 +1,180 @@
+"""Adds up the parts of all blocks, layer by layer and in the order of the blocks.
+
+Memory holds a table of (neuron, token) pairs for as many neurons as fit `_PAIRS`, and the parts of
+one block at a time.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topk_megatron.analysis import tables
+from topk_megatron.analysis.corpus import Corpus
+from topk_megatron.analysis.record import parts
+from topk_megatron.analysis.record.block import Sizes, strongest
+from topk_megatron.analysis.text import token_texts
+
+# Entries of the dense table of counts (8 bytes) and mass (8 bytes).
+_PAIRS = 1 << 24
+_ROW_GROUP = 1 << 18
+_TOP = ("neuron", "value", "position", "document", "token", "context", "values")
+_MOMENTS = ("count", "sum", "sum_squares", "max", "min")
+
+
+def merge_layer(directory: Path, plan: dict[str, Any], layer: int, sizes: Sizes) -> None:
+    """Write the histograms, moments, examples and block histograms of one layer.
+
+    The last three go to ``parts/``, from where `merge_run` puts all layers into one file each.
+    """
+    paths = [parts.part_path(directory, block) for block in range(plan["blocks"])]
+    mass = np.zeros(sizes.width)
+    target = directory / "histograms" / f"layer-{layer:03d}.parquet"
+    tables.write_parts(target, tables.HISTOGRAM, _histograms(paths, layer, sizes, mass))
+    aside = directory / "parts"
+    tables.write_table(aside / f"neurons-{layer:03d}.parquet", _neurons(paths, layer, sizes, mass))
+    tables.write_table(aside / f"examples-{layer:03d}.parquet", _examples(paths, layer, sizes))
+    chosen = np.random.default_rng([layer, 0]).permutation(sizes.width)[: plan["bootstrap_neurons"]]
+    tables.write_parts(
+        aside / f"blocks-{layer:03d}.parquet",
+        tables.BLOCKS,
+        _blocks(paths, layer, sizes, np.sort(chosen)),
+    )
+
+
+def merge_run(directory: Path, plan: dict[str, Any], tokenizer: Any, corpus: Corpus) -> None:
+    """Put the layers' tables together and write the vocabulary."""
+    kinds = (("neurons", tables.NEURONS), ("examples", tables.EXAMPLES), ("blocks", tables.BLOCKS))
+    for name, schema in kinds:
+        files = [directory / "parts" / f"{name}-{layer:03d}.parquet" for layer in plan["layers"]]
+        layers = (tables.read_table(file) for file in files)
+        tables.write_parts(directory / f"{name}.parquet", schema, layers)
+    vocab_size = plan["model"]["vocab_size"]
+    columns = [
+        np.arange(vocab_size, dtype=np.int32),
+        token_texts(tokenizer, vocab_size),
+        corpus.counts(vocab_size),
+    ]
+    tables.write_table(
+        directory / "vocabulary.parquet", pa.table(columns, schema=tables.VOCABULARY)
+    )
+    if not plan["raw"]:
+        for name in ("activations", "tokens"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def _histograms(
+    paths: list[Path], layer: int, sizes: Sizes, mass_of: np.ndarray
+) -> Iterator[pa.Table]:
+    """Row groups of whole neurons; fills `mass_of` [N] on the way."""
+    vocab = sizes.vocab_size
+    step = max(1, _PAIRS // vocab)
+    for begin in range(0, sizes.width, step):
+        end = min(begin + step, sizes.width)
+        counts = np.zeros((end - begin) * vocab, dtype=np.int64)
+        mass = np.zeros((end - begin) * vocab)
+        for path in paths:
+            part = parts.read(path, layer, ("keys", "counts", "mass"))
+            low, high = np.searchsorted(part["keys"], (begin * vocab, end * vocab))
+            keys = part["keys"][low:high] - begin * vocab
+            counts[keys] += part["counts"][low:high]  # keys of a part are distinct
+            mass[keys] += part["mass"][low:high]
+        keys = np.flatnonzero(counts)
+        neurons = (begin + keys // vocab).astype(np.int32)
+        mass_of += np.bincount(neurons, weights=mass[keys], minlength=sizes.width)
+        columns = [neurons, (keys % vocab).astype(np.int32), counts[keys], mass[keys]]
+        yield from _whole_neurons(columns, neurons)
+
+
+def _whole_neurons(columns: list[np.ndarray], neurons: np.ndarray) -> Iterator[pa.Table]:
+    begin = 0
+    while begin < len(neurons):
+        end = min(begin + _ROW_GROUP, len(neurons))
+        if end < len(neurons):
+            cut = int(np.searchsorted(neurons, neurons[end]))
+            # A neuron with more tokens than a row group gets a longer one of its own.
+            end = cut if cut > begin else int(np.searchsorted(neurons, neurons[end], "right"))
+        yield pa.table([column[begin:end] for column in columns], schema=tables.HISTOGRAM)
+        begin = end
+
+
+def _neurons(paths: list[Path], layer: int, sizes: Sizes, mass: np.ndarray) -> pa.Table:
+    count = np.zeros(sizes.width, dtype=np.int64)
+    sums, squares = np.zeros(sizes.width), np.zeros(sizes.width)
+    largest = np.full(sizes.width, -np.inf, dtype=np.float32)
+    smallest = np.full(sizes.width, np.inf, dtype=np.float32)
+    for path in paths:
+        part = parts.read(path, layer, tuple(f"moments/{name}" for name in _MOMENTS))
+        count += part["moments/count"]
+        sums += part["moments/sum"]
+        squares += part["moments/sum_squares"]
+        np.maximum(largest, part["moments/max"], out=largest)
+        np.minimum(smallest, part["moments/min"], out=smallest)
+    silent = count == 0
+    columns = [
+        np.full(sizes.width, layer, np.int16),
+        np.arange(sizes.width, dtype=np.int32),
+        *(count, mass, sums, squares),
+        *(pa.array(extreme, mask=silent) for extreme in (largest, smallest)),
+    ]
+    return pa.table(columns, schema=tables.NEURONS)
+
+
+def _examples(paths: list[Path], layer: int, sizes: Sizes) -> pa.Table:
+    best: dict[str, np.ndarray] | None = None
+    for path in paths:
+        part = parts.read(path, layer, tuple(f"top/{name}" for name in _TOP))
+        part = {name: part[f"top/{name}"] for name in _TOP}
+        if best is not None:
+            part = {name: np.concatenate([best[name], part[name]]) for name in _TOP}
+        strength = np.abs(part["value"]) if sizes.mode == "abs" else part["value"]
+        rows = np.arange(len(strength))
+        neurons = part["neuron"].astype(np.int64)
+        kept = strongest(neurons, strength, sizes, rows)[2]
+        best = {name: part[name][kept] for name in _TOP}
+    assert best is not None
+    return _example_table(best, layer, sizes)
+
+
+def _example_table(best: dict[str, np.ndarray], layer: int, sizes: Sizes) -> pa.Table:
+    neurons = best["neuron"]
+    starts = np.searchsorted(neurons, np.arange(sizes.width))
+    inside = best["context"] >= 0
+    lengths = inside.sum(axis=1)
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    context = pa.ListArray.from_arrays(ends, best["context"][inside])
+    values = pa.ListArray.from_arrays(ends, best["values"][inside])
+    columns = [
+        np.full(len(neurons), layer, np.int16),
+        neurons,
+        (np.arange(len(neurons)) - starts[neurons]).astype(np.int16),
+        *(best["value"], best["position"], best["document"], best["token"], context),
+        inside[:, : sizes.before].sum(axis=1).astype(np.int16),
+        values,
+    ]
+    return pa.table(columns, schema=tables.EXAMPLES)
+
+
+def _blocks(paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray) -> Iterator[pa.Table]:
+    found: list[list[np.ndarray]] = []
+    for block, path in enumerate(paths):
+        part = parts.read(path, layer, ("keys", "counts", "mass"))
+        kept = np.isin(part["keys"] // sizes.vocab_size, chosen)
+        keys = part["keys"][kept]
+        found.append(
+            [
+                (keys // sizes.vocab_size).astype(np.int32),
+                np.full(len(keys), block, np.int32),
+                (keys % sizes.vocab_size).astype(np.int32),
+                part["counts"][kept].astype(np.int64),
+                part["mass"][kept],
+            ]
+        )
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    sorted_columns = [column[order] for column in columns]
+    layers = np.full(len(order), layer, np.int16)
+    yield pa.table([layers, *sorted_columns], schema=tables.BLOCKS)

@@ -1,0 +1,1 @@
+"""`sae`: post-hoc sparse autoencoders, the baseline."""

@@ -1,0 +1,121 @@
+"""Trains and records the SAEs of both seeds; what is there already is kept."""
+
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from topk_megatron.analysis.corpus import Corpus, check_tokenizer, open_corpus
+from topk_megatron.analysis.folder import Folder, open_folder
+from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.sae.saved import load_saes, sae_directory
+from topk_megatron.analysis.sae.training import SAETraining, hidden_states, quality, train_sae
+from topk_megatron.analysis.sources import choose_layers, make_source
+from topk_megatron.analysis.study import Run, read_json, write_json
+from topk_megatron.analysis.tables import write_table
+from topk_megatron.errors import AnalysisError
+
+_TRAINING = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("seed", pa.int32()),
+        ("step", pa.int64()),
+        ("tokens", pa.int64()),
+        ("mse", pa.float64()),
+        ("explained_variance", pa.float64()),
+        ("dead", pa.int32()),
+    ]
+)
+_QUALITY = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("seed", pa.int32()),
+        *(
+            (name, pa.float64())
+            for name in ("explained_variance", "l0", "dead_share", "loss", "loss_without")
+        ),
+    ]
+)
+
+
+def baseline(
+    args: Namespace, config: RecordConfig
+) -> tuple[tuple[Run, Run], dict[int, tuple[Any, Any]], dict[str, Any]]:
+    """Train, record and return both runs, the decoders by layer, and facts for parameters.json."""
+    folder = open_folder(args.model)
+    if folder.topk_layers:
+        raise AnalysisError(
+            f"{args.model} has TopK layers: its neurons need no SAE; give the dense twin"
+        )
+    layers = choose_layers(folder, args.layers)
+    training = SAETraining(
+        width=args.width or folder.hidden_size, k=args.k, tokens=args.train_tokens, lr=args.lr
+    )
+    if training.k > training.width:
+        raise AnalysisError(f"--k must be at most the width {training.width}, got {training.k}")
+    corpus = _corpus(args, folder, args.documents)
+    train = _corpus(args, folder, args.train_documents) if args.train_documents else corpus
+    facts = {
+        "model": str(args.model),
+        "layers": list(layers),
+        "k": training.k,
+        "width": training.width,
+        "seeds": args.seeds,
+        "train_tokens": training.tokens,
+        "stored_tokens": args.stored_tokens,
+        "lr": training.lr,
+        "model_fingerprint": folder.fingerprint(),
+        "train_fingerprint": train.fingerprint(),
+    }
+    _train_all(args, folder, layers, training, train, corpus, facts)
+    runs, decoders = [], []
+    for seed in args.seeds:
+        places = [sae_directory(args.study, layer, seed) for layer in layers]
+        source = make_source(folder, sae=places)
+        runs.append(record(source, corpus, replace(config, run=f"{args.name}-seed-{seed}")))
+        saes, _ = load_saes(places)
+        decoders.append({n: sae.W_dec.detach().float().cpu().numpy() for n, sae in saes.items()})
+    pairs = {layer: (decoders[0][layer], decoders[1][layer]) for layer in layers}
+    return (runs[0], runs[1]), pairs, facts
+
+
+def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
+    corpus = open_corpus(
+        args.corpus, lambda: folder.tokenizer, documents=documents, max_tokens=args.max_tokens
+    )
+    check_tokenizer(corpus, folder.path, folder.vocab_size)
+    return corpus
+
+
+def _train_all(
+    args: Namespace,
+    folder: Folder,
+    layers: tuple[int, ...],
+    training: SAETraining,
+    train: Corpus,
+    held_out: Corpus,
+    facts: dict[str, Any],
+) -> None:
+    """Train the SAEs that are not there, if they were trained in just this way."""
+    directory = args.study / "sae"
+    done = directory / "trained.json"
+    if done.exists() and read_json(done) == facts and not args.overwrite:
+        return
+    length = args.seq_length or folder.max_length
+    if min(len(train.tokens), len(held_out.tokens)) < length:
+        raise AnalysisError(f"the corpus is shorter than one sequence of {length} tokens")
+    states = hidden_states(folder, train, layers, args.stored_tokens, length)
+    fresh = hidden_states(folder, held_out, layers, min(args.stored_tokens, 16384), length)
+    rows, qualities = [], []
+    for layer in layers:
+        for seed in args.seeds:
+            sae, logged = train_sae(states[layer], training, seed)
+            where = {"layer": layer, "seed": seed}
+            rows += [{**where, **entry} for entry in logged]
+            found = quality(folder, sae, layer, fresh[layer], held_out, length)
+            qualities.append({**where, **found})
+            sae.to("cpu").save_inference_model(str(sae_directory(args.study, layer, seed)))
+    write_table(directory / "training.parquet", pa.Table.from_pylist(rows, _TRAINING))
+    write_table(directory / "quality.parquet", pa.Table.from_pylist(qualities, _QUALITY))
+    write_json(done, facts)

@@ -1,0 +1,247 @@
+"""Tables and claims of `steer`."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topk_megatron.analysis.claims import claim, row
+from topk_megatron.analysis.measures import mean_interval
+from topk_megatron.analysis.steer.run import LISTED, SteerConfig, Steered, measure
+from topk_megatron.analysis.study import Run, write_claims, write_json
+from topk_megatron.analysis.tables import write_table
+from topk_megatron.analysis.text import join_tokens
+
+_NEURONS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("steered_neuron", pa.int32()),
+        ("control", pa.bool_()),
+        ("strength", pa.float64()),
+        ("unit", pa.float64()),
+        ("samples", pa.int32()),
+        ("tokens", pa.int32()),
+        *(
+            (name, pa.float64())
+            for name in (
+                "concept_rate",
+                "base_rate",
+                "success",
+                "promoted_rate",
+                "promoted_base_rate",
+                "perplexity",
+                "base_perplexity",
+                "damage",
+                "repetition",
+                "base_repetition",
+            )
+        ),
+    ]
+)
+_SAMPLES = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("strength", pa.float64()),
+        ("sample", pa.int32()),
+        ("prompt", pa.string()),
+        ("unsteered", pa.string()),
+        ("steered", pa.string()),
+    ]
+)
+_TOKENS = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("direction", pa.string()),
+        ("rank", pa.int16()),
+        ("token", pa.int32()),
+        ("change", pa.float64()),
+    ]
+)
+_PERCENTILES = (10, 50, 90)
+_SUMMARY = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("strength", pa.float64()),
+        ("control", pa.bool_()),
+        ("measure", pa.string()),
+        ("neurons", pa.int64()),
+        *((name, pa.float64()) for name in ("mean", "low", "high")),
+        *((f"p{p}", pa.float64()) for p in _PERCENTILES),
+    ]
+)
+_MEASURES = ("success", "promoted_success", "damage", "repetition")
+
+
+def write_results(config: SteerConfig, run: Run, steered: Steered, facts: dict[str, Any]) -> None:
+    """Write everything under steer/, parameters last."""
+    directory = config.study / "steer"
+    rows = _neuron_rows(run, steered)
+    write_table(directory / "neurons.parquet", pa.Table.from_pylist(rows, _NEURONS))
+    samples = pa.Table.from_pylist(_sample_rows(run, steered), _SAMPLES)
+    write_table(directory / "samples.parquet", samples)
+    write_table(directory / "tokens.parquet", pa.Table.from_pylist(_token_rows(steered), _TOKENS))
+    summary = pa.Table.from_pylist(_summary(config, rows), _SUMMARY)
+    write_table(directory / "summary.parquet", summary)
+    write_claims(config.study, "steer", _claims(config, rows))
+    parameters = {
+        "run": run.name,
+        "neurons": [[s.layer, s.neuron] for s in steered.subjects],
+        "strengths": list(config.strengths),
+        "samples": config.samples,
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "temperature": config.temperature,
+        "prompts": steered.prompts.tolist(),
+        "min_count": config.min_count,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        **facts,
+    }
+    write_json(directory / "parameters.json", parameters)
+
+
+def _neuron_rows(run: Run, steered: Steered) -> list[dict[str, Any]]:
+    rows = []
+    for trial in steered.trials:
+        subject = steered.subjects[trial.subject]
+        rows.append(
+            {
+                "run": run.name,
+                "layer": subject.layer,
+                "neuron": subject.neuron,
+                "steered_neuron": subject.control if trial.control else subject.neuron,
+                "control": trial.control,
+                **measure(subject, trial, steered.base),
+            }
+        )
+    return rows
+
+
+def _sample_rows(run: Run, steered: Steered) -> list[dict[str, Any]]:
+    vocabulary = run.vocabulary["text"].to_pylist()
+
+    def text(tokens: Any) -> str:
+        return join_tokens([vocabulary[token] for token in tokens.tolist()])
+
+    prompts = [text(row) for row in steered.prompts]
+    unsteered = [text(row) for row in steered.base.tokens]
+    rows = []
+    for trial in steered.trials:
+        if trial.control:
+            continue
+        subject = steered.subjects[trial.subject]
+        rows += [
+            {
+                "layer": subject.layer,
+                "neuron": subject.neuron,
+                "strength": trial.strength,
+                "sample": number,
+                "prompt": prompts[number],
+                "unsteered": unsteered[number],
+                "steered": text(tokens),
+            }
+            for number, tokens in enumerate(trial.tokens)
+        ]
+    return rows
+
+
+def _token_rows(steered: Steered) -> list[dict[str, Any]]:
+    rows = []
+    for subject, change in zip(steered.subjects, steered.changes, strict=True):
+        for direction, largest in (("promoted", True), ("suppressed", False)):
+            found = change.topk(min(LISTED, len(change)), largest=largest)
+            rows += [
+                {
+                    "layer": subject.layer,
+                    "neuron": subject.neuron,
+                    "direction": direction,
+                    "rank": rank,
+                    "token": token,
+                    "change": value,
+                }
+                for rank, (value, token) in enumerate(
+                    zip(found.values.tolist(), found.indices.tolist(), strict=True)
+                )
+            ]
+    return rows
+
+
+def _value(row: dict[str, Any], name: str) -> float:
+    """A measure of one push; repetition is its increase."""
+    if name == "promoted_success":
+        return row["promoted_rate"] - row["promoted_base_rate"]
+    if name == "repetition":
+        return row["repetition"] - row["base_repetition"]
+    return row[name]
+
+
+def _summary(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[int, float, bool, str], list[float]] = {}
+    for entry in rows:
+        for layer in (entry["layer"], -1):
+            for name in _MEASURES:
+                key = (layer, entry["strength"], entry["control"], name)
+                groups.setdefault(key, []).append(_value(entry, name))
+    found = []
+    for (layer, strength, control, name), numbers in groups.items():
+        values = np.array(numbers)
+        interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
+        assert interval is not None
+        found.append(
+            {
+                "layer": layer,
+                "strength": strength,
+                "control": control,
+                "measure": name,
+                "neurons": interval.n,
+                "mean": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                **{f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES},
+            }
+        )
+    return found
+
+
+def _claims(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    claims = []
+    options = {"resamples": config.bootstrap, "seed": config.seed}
+    for strength in config.strengths:
+
+        def values(control: bool, name: str = "success", strength: float = strength) -> np.ndarray:
+            return np.array(
+                [
+                    _value(entry, name)
+                    for entry in rows
+                    if entry["control"] is control and entry["strength"] == strength
+                ]
+            )
+
+        damage = mean_interval(values(False, "damage"), **options)
+        assert damage is not None
+        claims.append(
+            claim(
+                "steer",
+                f"steer-{strength:g}",
+                f"Pushing a neuron by {strength:g} times its largest value brings its concept "
+                "tokens, more than pushing another of equal activity does",
+                "increase of the share of concept tokens",
+                "share of tokens",
+                [
+                    row("its own neuron", mean_interval(values(False), **options)),
+                    row("control", mean_interval(values(True), **options)),
+                ],
+                difference=(
+                    "own - control",
+                    mean_interval(values(False) - values(True), **options),
+                ),
+                holds_if="above",
+                note=f"damage: {damage.value:.2f} bits a token under the unsteered model "
+                f"({damage.low:.2f} to {damage.high:.2f}); intervals by bootstrap over neurons",
+            )
+        )
+    return claims

@@ -1,0 +1,1 @@
+"""`track`: neurons over training and over layers."""

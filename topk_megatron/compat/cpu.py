@@ -1,0 +1,326 @@
+"""Megatron on a machine without CUDA: its ``torch.cuda`` calls are served by the CPU.
+
+The training code that runs is Megatron's own; only the device underneath is another, the way vendor
+back ends put Megatron on other chips. Every patch for this device sits in this file and in
+`topk_megatron.compat.patches`, each with its reason. Written for torch 2.10 to 2.14 and
+megatron-core 0.19.
+
+Only Megatron may believe in a CUDA device. Other libraries in the process (transformers, torch's
+own modules) call the same functions, and one that finds a device that is not there chooses it.
+Each patched function therefore looks at its caller, and is torch's own for everybody else.
+"""
+
+import contextlib
+import functools
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+
+
+# Top-level packages for which the CPU stands in for a CUDA device; a script is its job's own.
+_SERVED = ("megatron", "topk_megatron", "__main__")
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Patch torch, then the few places of Megatron that bypass torch's Python interface."""
+    _keep_device_contexts()
+    _patch_cuda_functions()
+    _patch_streams()
+    _patch_factories()
+    _patch_tensor_methods()
+    _patch_tensor_types()
+    _patch_accelerator()
+    _patch_data_loader()
+    from topk_megatron.compat.patches import patch_megatron_for_cpu
+
+    patch_megatron_for_cpu()
+
+
+def _keep_device_contexts() -> None:
+    """Let ``with torch.device(...)`` know torch's own factories before they are replaced.
+
+    The context recognises a factory by identity, from a set that torch makes when a context is
+    first entered. Made after the patches, it would hold our wrappers, and no tensor would follow a
+    context any more: a model built on the meta device would get memory that nobody fills.
+    """
+    from torch.utils import _device
+
+    _device._device_constructors()
+
+
+def _is_served() -> bool:
+    """Whether the caller of a patched function is Megatron or this project."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.partition(".")[0] in _SERVED
+
+
+def _for_megatron(answer: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` where Megatron calls, `stock` elsewhere."""
+
+    @functools.wraps(stock)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return answer(*args, **kwargs) if _is_served() else stock(*args, **kwargs)
+
+    return patched
+
+
+def _to_cpu(device: Any) -> Any:
+    """Map a CUDA device, in any of torch's spellings, to the CPU; leave others alone."""
+    if isinstance(device, torch.device):
+        return torch.device("cpu") if device.type == "cuda" else device
+    if isinstance(device, str) and device.startswith("cuda"):
+        return torch.device("cpu")
+    if isinstance(device, int) and not isinstance(device, bool):
+        return torch.device("cpu")  # an int is a CUDA ordinal in every torch signature
+    return device
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    # A new function at every call: torch._dynamo maps functions to rules and refuses one object
+    # under two names.
+    return lambda *_, **__: value
+
+
+def _patch_cuda_functions() -> None:
+    cuda: Any = torch.cuda
+    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = SimpleNamespace(
+        name="cpu",
+        major=0,
+        minor=0,
+        total_memory=total_memory,
+        multi_processor_count=os.cpu_count(),
+    )
+    # Megatron asserts that CUDA is available and asks for one device a local rank.
+    cuda.is_available = _for_megatron(lambda: True, cuda.is_available)
+    cuda.is_initialized = _for_megatron(lambda: True, cuda.is_initialized)
+    cuda.device_count = _for_megatron(
+        lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cuda.device_count
+    )
+    cuda.current_device = _constant(torch.device("cpu"))
+    cuda.get_device_properties = _constant(properties)
+    cuda.get_device_capability = _constant((0, 0))
+    cuda.get_device_name = _constant("cpu")
+    for name in ("set_device", "synchronize", "empty_cache", "ipc_collect", "init", "_lazy_init"):
+        setattr(cuda, name, _constant(None))
+    cuda.device = lambda *_: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = _constant(False)
+    # Memory figures in logs are the process's resident set, in bytes: the CPU's nearest equivalent.
+    for name in ("memory_allocated", "memory_reserved", "device_memory_used"):
+        setattr(cuda, name, lambda *_, **__: _resident_bytes())
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        setattr(cuda, name, lambda *_, **__: _peak_resident_bytes())
+    cuda.memory_stats = lambda *_, **__: _MemoryStats()
+    cuda.reset_peak_memory_stats = _constant(None)
+    # One generator stands for both: operators on CPU tensors draw from the default one only.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+    cuda.manual_seed_all = _constant(None)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _constant(None))
+    cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
+
+
+class _MemoryStats(dict[str, int]):
+    """`torch.cuda.memory_stats` as Megatron's log reads it; unknown counters are 0."""
+
+    def __missing__(self, key: str) -> int:
+        if key.endswith("bytes.all.current"):
+            return _resident_bytes()
+        if key.endswith("bytes.all.peak"):
+            return _peak_resident_bytes()
+        return 0
+
+
+class _Stream:
+    """Work on the CPU is done when its call returns, so that a stream has nothing to order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+
+class _Event:
+    """Remembers the host time at which it was recorded, for `elapsed_time`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._recorded = time.perf_counter()
+
+    def record(self, *_: Any) -> None:
+        self._recorded = time.perf_counter()
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Milliseconds, as `torch.cuda.Event.elapsed_time`."""
+        return 1e3 * (end._recorded - self._recorded)
+
+
+def _patch_streams() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.current_stream = _constant(stream)
+    cuda.default_stream = _constant(stream)
+    cuda.set_stream = _constant(None)
+    cuda.stream = lambda *_: contextlib.nullcontext()
+
+
+def _patch_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if ("device" in kwargs or "pin_memory" in kwargs) and _is_served():
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)  # pinning asks the CUDA driver
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _patch_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    original_to, original_type = tensor.to, tensor.type
+    # Megatron compares the names of tensor types (clip_grads.py, distrib_optimizer.py).
+    type_names = {
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float16: "torch.cuda.HalfTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    }
+
+    @functools.wraps(original_to)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (args or "device" in kwargs) and _is_served():
+            if args:
+                args = (_to_cpu(args[0]), *args[1:])
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+        return original_to(self, *args, **kwargs)
+
+    @functools.wraps(original_type)
+    def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not _is_served():
+            return original_type(self, dtype, *args, **kwargs)
+        if dtype is None and self.dtype in type_names:
+            return type_names[self.dtype]
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return original_type(self, dtype, *args, **kwargs)
+
+    tensor.to, tensor.type = to, type_
+    for name in ("cuda", "pin_memory", "record_stream"):
+        setattr(tensor, name, _for_megatron(lambda self, *_, **__: self, getattr(tensor, name)))
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+        setattr(tensor, name, _on_cpu(getattr(tensor, name)))
+    module: Any = torch.nn.Module
+    module.cuda = _for_megatron(lambda self, *_, **__: self, module.cuda)
+
+
+class _TensorType(type):
+    """A stand-in for `torch.cuda.FloatTensor` and its kin in isinstance() checks."""
+
+    dtype: torch.dtype
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, torch.Tensor) and instance.dtype == cls.dtype
+
+
+def _patch_tensor_types() -> None:
+    # Float16Module converts its inputs where isinstance says that they are of these types.
+    names = {"FloatTensor": torch.float32, "HalfTensor": torch.float16}
+    names["BFloat16Tensor"] = torch.bfloat16
+    for name, dtype in names.items():
+        setattr(torch.cuda, name, _TensorType(name, (), {"dtype": dtype}))
+
+
+def _patch_accelerator() -> None:
+    # torch's own code (DataLoader, checkpoint, distributed) must go on seeing a machine without
+    # an accelerator, whatever torch.cuda.is_available() tells Megatron.
+    accelerator: Any = torch.accelerator
+    accelerator.is_available = _constant(False)
+    accelerator.current_accelerator = _constant(None)
+    accelerator.device_count = _constant(0)
+
+
+def _patch_data_loader() -> None:
+    # A DataLoader draws a seed from the CPU generator when it is iterated. On a GPU machine no
+    # model uses that generator; here dropout does, and a resumed run, which restores the generator
+    # before it opens its data, would go on with other masks than the interrupted run.
+    loader: Any = torch.utils.data.DataLoader
+    original = loader.__iter__
+
+    @functools.wraps(original)
+    def __iter__(self: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    loader.__iter__ = __iter__

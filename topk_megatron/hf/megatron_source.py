@@ -1,0 +1,203 @@
+"""A Megatron checkpoint as the converter sees it: configuration, TopK settings, weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_megatron.checkpoint.reader import CheckpointReader
+from topk_megatron.config import TopKConfig, k_at
+from topk_megatron.errors import CheckpointError, ConfigError
+from topk_megatron.hf.flags import read_config
+from topk_megatron.hf.mapping import EXTRA_STATE, NOT_THE_MODEL, Piece, pieces, sizes
+from topk_megatron.hf.splits import SPLITS
+
+_LAYER = "decoder.layers."
+_VOCABULARY = "embedding.word_embeddings.weight"
+
+
+class MegatronSource:
+    """One iteration, checked against the mapping before a weight is read.
+
+    Attributes:
+        reader: the opened checkpoint.
+        iteration: steps taken.
+        tokens_seen: tokens trained on.
+        topk: TopK settings; None of a stock checkpoint that is exported as dense.
+        config: the exported configuration, without the tokenizer's tokens.
+        padded_vocabulary: rows of the embedding in the checkpoint.
+    """
+
+    def __init__(
+        self, directory: Path, *, dense: bool = False, vocab_size: int | None = None
+    ) -> None:
+        """Open and check.
+
+        Args:
+            directory: of one iteration.
+            dense: the checkpoint has no TopK settings and shall not have any.
+            vocab_size: of the tokenizer, where the checkpoint's arguments do not tell it.
+
+        Raises:
+            CheckpointError: flags, TopK settings or weights that the mapping does not know.
+        """
+        self.reader = CheckpointReader(directory)
+        args = self.reader.args
+        self.iteration = int(self.reader.common["iteration"])
+        self.topk = _read_topk(directory, args, dense)
+        self.config = read_config(args)
+        self.tokens_seen = int(args.consumed_train_samples) * int(args.seq_length)
+        self.config["vocab_size"] = _vocab_size(args, vocab_size)
+        self.config["topk"] = topk_section(self.topk, self.iteration)
+        self.padded_vocabulary = self._padded_vocabulary()
+        self._places = self._locate()
+        self._refuse_unknown()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the embedding has it."""
+        return self.reader.tensors[_VOCABULARY].properties.dtype
+
+    def pieces(self) -> Iterator[Piece]:
+        """In the order of the exported file."""
+        return pieces(self.config)
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype:
+        """The dtype that a piece has in the checkpoint."""
+        return self.reader.tensors[self._places[piece][0]].properties.dtype
+
+    def shape(self, piece: Piece) -> tuple[int, ...]:
+        """Of a piece in Megatron."""
+        numbers = sizes(self.config, self.padded_vocabulary)
+        return tuple(numbers[word] for word in piece.row.shape)
+
+    def read(self, piece: Piece) -> Tensor:
+        """A piece as Megatron has it."""
+        return self.reader.read(*self._places[piece])
+
+    def read_parts(self, piece: Piece) -> tuple[Tensor, ...]:
+        """A piece as Hugging Face has it: a tensor for each of its names."""
+        return SPLITS[piece.row.split].cut(self.read(piece), self.config)
+
+    def _padded_vocabulary(self) -> int:
+        if _VOCABULARY not in self.reader.tensors:
+            raise CheckpointError(
+                f"{self.reader.directory} has no {_VOCABULARY}; it is not of a GPT model"
+            )
+        rows = int(self.reader.tensors[_VOCABULARY].size[0])
+        if rows < self.config["vocab_size"]:
+            raise CheckpointError(
+                f"{self.reader.directory} embeds {rows} tokens, fewer than the "
+                f"{self.config['vocab_size']} of its tokenizer"
+            )
+        return rows
+
+    def _locate(self) -> dict[Piece, tuple[str, tuple[int, ...]]]:
+        places = {piece: self._find(piece) for piece in pieces(self.config)}
+        for piece, (key, lead) in places.items():
+            expected = self.shape(piece)
+            found = tuple(self.reader.tensors[key].size[len(lead) :])
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.reader.directory}: {key} has shape {list(found)} where the "
+                    f"checkpoint's own settings say {list(expected)}"
+                )
+        return places
+
+    def _find(self, piece: Piece) -> tuple[str, tuple[int, ...]]:
+        """Key and leading indices of a piece; layers may be stacked into one tensor or not."""
+        expert = () if piece.expert is None else (piece.expert,)
+        names = [name for name in (piece.row.megatron, piece.row.alias) if name is not None]
+        for name in names:
+            if piece.layer is None:
+                candidates = [(name, ())]
+            else:
+                stacked = (f"{_LAYER}{name}", (piece.layer, *expert))
+                candidates = [stacked, (f"{_LAYER}{piece.layer}.{name}", expert)]
+            for key, lead in candidates:
+                stored = self.reader.tensors.get(key)
+                if stored is not None and all(
+                    index < size for index, size in zip(lead, stored.size, strict=False)
+                ):
+                    return key, lead
+        where = "" if piece.layer is None else f" of layer {piece.layer}"
+        raise CheckpointError(
+            f"{self.reader.directory} has no {names[0]}{where}, which its own settings ask for"
+        )
+
+    def _refuse_unknown(self) -> None:
+        used: dict[str, set[tuple[int, ...]]] = {}
+        for key, lead in self._places.values():
+            used.setdefault(key, set()).add(lead)
+        for key, stored in self.reader.tensors.items():
+            if key.startswith(NOT_THE_MODEL):
+                continue
+            if key not in used:
+                raise self._unknown(key)
+            lead = len(next(iter(used[key])))
+            if len(used[key]) != stored.size[:lead].numel():
+                raise CheckpointError(
+                    f"{self.reader.directory}: {key} holds {list(stored.size[:lead])} slices, of "
+                    f"which its own settings account for {len(used[key])}"
+                )
+        for key in self.reader.others:
+            known = key.startswith((*NOT_THE_MODEL, "common_state"))
+            if not known and EXTRA_STATE not in key:
+                raise self._unknown(key)
+
+    def _unknown(self, key: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.reader.directory} holds {key}, which the mapping does not know for this "
+            "model; nothing is exported rather than without it"
+        )
+
+
+def topk_section(config: TopKConfig | None, iteration: int) -> dict[str, Any]:
+    """``topk`` of the exported configuration, with the k of the last step that was taken."""
+    if config is None or not config.layers:
+        unused = dict.fromkeys(("k", "mlp_k", "mlp_groups"))
+        return {"site": "residual", "layers": [], "mode": "value", **unused}
+    settings = config.to_dict()
+    return {
+        "site": settings.get("site", "residual"),
+        "k": k_at(config, max(0, iteration - 1)),
+        "layers": list(config.layers),
+        "mode": config.mode,
+        "mlp_k": settings.get("mlp_k"),
+        "mlp_groups": settings.get("mlp_groups"),
+    }
+
+
+def _read_topk(directory: Path, args: Any, dense: bool) -> TopKConfig | None:
+    settings = getattr(args, "topk", None)
+    if settings is None:
+        if dense:
+            return None
+        raise CheckpointError(
+            f"{directory} has no TopK settings; if it is a dense model of stock Megatron, say so "
+            "with --dense"
+        )
+    try:
+        config = TopKConfig.from_dict(settings)
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory}: its TopK settings are not sound: {error}") from error
+    if dense and config.layers:
+        raise CheckpointError(
+            f"{directory} has a TopK at layers {list(config.layers)}; --dense would export another "
+            "model, drop the flag"
+        )
+    return config
+
+
+def _vocab_size(args: Any, given: int | None) -> int:
+    size = getattr(args, "tokenizer_vocab_size", None)
+    if size is None:
+        size = given
+    if size is None:
+        raise CheckpointError(
+            "the checkpoint's arguments do not tell the size of its vocabulary without padding; "
+            "give the tokenizer that it was trained with: --tokenizer-model"
+        )
+    return int(size)

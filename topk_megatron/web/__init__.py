@@ -1,0 +1,1 @@
+"""The pages: a report of a study, and the explorer of a model."""

@@ -17,7 +17,6 @@ from torch.nn import Parameter
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.compat import prepare_device
-from topk_megatron.parallel.saved import _Known
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
 from tests.harness.traffic import Traffic, counted_traffic
@@ -56,8 +55,7 @@ class KeptBytes:
         self.saver.dense_bytes = self.saver.packed_bytes = 0
 
     def __call__(self, tensor: Tensor) -> Any:
-        known = self.saver._known.get(tensor.data_ptr())
-        is_topk = isinstance(known, _Known) and known.is_the_memory_of(tensor)
+        is_topk = self.saver.selections.of(tensor) is not None
         before = self.saver.packed_bytes
         packed = self.pack(tensor) if self.sparse else tensor
         if isinstance(packed, Tensor):
@@ -78,15 +76,15 @@ class Alternation:
     """Runs Megatron's schedule densely in even training steps and sparsely in odd ones."""
 
     def __init__(self, traffic: Traffic) -> None:
-        from topk_megatron.train.sparsity import ParallelFeatures
+        from topk_megatron.train.schedule import StepRunner
 
         self.traffic = traffic
         self.records: list[dict[str, Any]] = []
         self.kept: KeptBytes | None = None
-        self.original = ParallelFeatures.schedule
+        self.original = StepRunner.run_step
 
     def schedule(self, features: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `ParallelFeatures.schedule`."""
+        """In place of `StepRunner.run_step`."""
         if kwargs.get("forward_only"):
             return self.original(features, stock, *args, **kwargs)
         sparse = len(self.records) % 2 == 1
@@ -112,26 +110,28 @@ class Alternation:
 
     def _prepare(self, features: Any, model: Any, sparse: bool) -> None:
         from megatron.core.utils import get_attr_wrapped_model
+        from megatron.training import get_args
 
         chunks = model if isinstance(model, list) else [model]
-        features._prepare(chunks)
-        features.runtime.keeps_selection = features.sends_sparsely and sparse
-        if features.runtime.saver is not None:
+        features._prepare(get_args(), chunks)
+        # Dense steps need no selections, except to count what a saver would have packed.
+        features.runtime.selections.active = sparse or features.saver is not None
+        if features.saver is not None:
             if self.kept is None:
                 decoder = get_attr_wrapped_model(chunks[0], "decoder")
-                self.kept = KeptBytes(features.runtime.saver, decoder)
+                self.kept = KeptBytes(features.saver, decoder)
             self.kept.begin(sparse)
 
 
 def main_of(device: str) -> None:
     """Train and measure."""
-    from topk_megatron.train import sparsity as pipeline
     from topk_megatron.train.main import run
+    from topk_megatron.train.schedule import StepRunner
 
     with counted_traffic() as traffic:
         alternation = Alternation(traffic)
         schedule: Any = lambda *args, **kwargs: alternation.schedule(*args, **kwargs)  # noqa: E731
-        pipeline.ParallelFeatures.schedule = schedule
+        StepRunner.run_step = schedule
         run(device)
     path = Path(os.environ["TOPK_BENCHMARK"]) / f"rank{os.environ['RANK']}.json"
     path.write_text(json.dumps(alternation.records[2 * WARM_UP :]))

@@ -99,13 +99,13 @@ def main() -> None:
         torch.set_num_threads(1)
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.compat.patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import skip_dataset_compiler
     from topk_megatron.train.main import be_one_process
     from topk_megatron.train.main import parse as parse_megatron
 
     sys.argv = [sys.argv[0], *map(str, megatron_flags(sizes))]
     be_one_process()
-    patch_dataset_compiler()
+    skip_dataset_compiler()
     args, config = parse_megatron(device)
     initialize_megatron()
     built = models(args, config)

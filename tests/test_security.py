@@ -70,7 +70,7 @@ def test_only_the_allow_list_opens_pickles() -> None:
 
 
 def test_megatrons_loader_runs_only_behind_the_check_of_objects() -> None:
-    """It unpickles freely, so that whoever calls it must have called `check_trust` before."""
+    """It unpickles freely, so that `open_resume` must have checked the checkpoint before."""
     calling = {
         name_of(path)
         for path in sources()
@@ -80,9 +80,11 @@ def test_megatrons_loader_runs_only_behind_the_check_of_objects() -> None:
     # DeepSpeed's own is named as trusted in docs/security.md.
     assert calling == {"topk_megatron/train/sample.py", "examples/deepspeed/train.py"}
     sample = (REPOSITORY / "topk_megatron" / "train" / "sample.py").read_text()
-    assert sample.index("check_trust(reader") < sample.index("_load(directory, saved")
+    assert sample.index("= parse(device") < sample.index("load_checkpoint([model]")
     run = (REPOSITORY / "topk_megatron" / "train" / "main.py").read_text()
-    assert run.index("prepare_resume(args") < run.index("lambda: pretrain(")
+    assert run.index("open_resume(early)") < run.index("lambda: pretrain(")
+    resume = (REPOSITORY / "topk_megatron" / "train" / "resume.py").read_text()
+    assert "check_trust(reader)" in resume.split("def open_resume")[1].split("\ndef ")[0]
 
 
 def test_numpy_never_unpickles() -> None:

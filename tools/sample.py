@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--trust-checkpoint",
+        "--topk-trust-checkpoint",
         action="store_true",
         help="open the checkpoint although it holds objects that could run code",
     )
@@ -51,7 +51,7 @@ def main() -> None:
             device,
             iteration=args.iteration,
             tokenizer_model=args.tokenizer_model,
-            trust=args.trust_checkpoint,
+            trust=args.topk_trust_checkpoint,
         )
     for prompt in args.prompt:
         text = sampler(prompt, args.tokens, temperature=args.temperature, seed=args.seed)

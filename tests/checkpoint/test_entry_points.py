@@ -121,7 +121,7 @@ def test_a_trusted_checkpoint_is_opened_when_the_user_says_so(
     shutil.copytree(trained[0], directory)
     PLACES["another object"](directory / "iter_0000002", PAYLOADS["call"](marker))
     refused = run_tool("sample.py", "--load", directory, "--prompt", "a", "--tokens", "2")
-    assert "--trust-checkpoint if you trust" in refused.stderr
+    assert "--topk-trust-checkpoint if you trust" in refused.stderr
     flags = ["--load", directory, "--topk-trust-checkpoint", "--train-iters", "3"]
     flags += ["--override-opt_param-scheduler"]
     pretrain(1, *trained[1], *flags)

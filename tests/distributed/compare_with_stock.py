@@ -57,12 +57,12 @@ def main() -> None:
     device = prepare_device()
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.compat.patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import skip_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import parse
 
-    patch_dataset_compiler()
+    skip_dataset_compiler()
     args, config = parse(device)
     initialize_megatron()
     stock, topk = build_model(args, None), build_model(args, TopKRuntime(config, probing=False))

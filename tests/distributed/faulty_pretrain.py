@@ -24,12 +24,12 @@ def main() -> None:
 
     rank, iteration, what = os.environ.get("TOPK_FAULT", "-1:0:none").split(":")
     pause = float(os.environ.get("TOPK_FAULT_STEP_SECONDS", "0"))
-    original = step.ForwardStep.__call__
+    original = step.forward_step
 
-    def forward(self: Any, data_iterator: Any, model: Any, *rest: Any) -> tuple[Any, Any]:
+    def forward(data_iterator: Any, model: Any, *rest: Any) -> tuple[Any, Any]:
         time.sleep(pause)
         args: Any = step.get_args()
-        output, reduction = original(self, data_iterator, model, *rest)
+        output, reduction = original(data_iterator, model, *rest)
         now = args.rank == int(rank) and args.curr_iteration + 1 == int(iteration)
         if now and what == "nan":
             output = output * math.nan
@@ -39,7 +39,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return output, reduction
 
-    step.ForwardStep.__call__ = forward  # pyright: ignore[reportAttributeAccessIssue]
+    step.forward_step = forward
     training.run(device)
 
 

@@ -103,12 +103,12 @@ def main() -> None:
     device = prepare_device()
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.compat.patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import skip_dataset_compiler
     from topk_megatron.config import TopKConfig
     from topk_megatron.model.mlp import add_topk
     from topk_megatron.train.main import parse
 
-    patch_dataset_compiler()
+    skip_dataset_compiler()
     args, _ = parse(device)
     initialize_megatron()
     generator = torch.Generator().manual_seed(1)

@@ -25,13 +25,13 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.compat.patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import skip_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import be_one_process, parse
 
     be_one_process()
-    patch_dataset_compiler()
+    skip_dataset_compiler()
     args, config = parse(device)
     initialize_megatron()
     runtime = TopKRuntime(config, probing=False)
@@ -48,7 +48,7 @@ def main() -> None:
         save_checkpoint(args.iteration, [model], None, None, 0)
     else:
         load_checkpoint([model], None, None)
-    runtime.begin_iteration(max(0, args.iteration - 1))
+    runtime.begin_step(max(0, args.iteration - 1))
 
     tokenizer = get_tokenizer()
     assert tokenizer is not None

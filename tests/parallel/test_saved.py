@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from topk_megatron.errors import VerificationError
 from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
-from topk_megatron.parallel.selection import INDICES
+from topk_megatron.parallel.selection import Selection, SelectionRegistry
 from topk_megatron.parallel.verify import Verifier
 
 
@@ -20,7 +20,7 @@ def gradients(saver: SparseSaver | None, spoil: bool = False) -> list[Tensor]:
     y, bits = topk_mask_with_bits(x, 4)
     if saver is not None:
         saver.enter()
-        saver.remember(y, bits, 4)
+        saver.selections.remember(y, Selection(y.shape, 4, bits=bits))
     if spoil:
         with torch.no_grad():
             y.mul_(2)  # no longer what was remembered
@@ -34,7 +34,7 @@ def gradients(saver: SparseSaver | None, spoil: bool = False) -> list[Tensor]:
 
 
 def test_gradients_are_the_same_bitwise_and_memory_is_counted_once() -> None:
-    saver = SparseSaver(Verifier(every=1))
+    saver = SparseSaver(SelectionRegistry(), Verifier(every=1))
     saver.verifier.begin(0)
     for got, wanted in zip(gradients(saver), gradients(None), strict=True):
         assert torch.equal(got, wanted)
@@ -44,18 +44,18 @@ def test_gradients_are_the_same_bitwise_and_memory_is_counted_once() -> None:
 
 
 def test_an_output_that_was_changed_in_place_is_saved_as_it_is() -> None:
-    saver = SparseSaver(Verifier(None))
+    saver = SparseSaver(SelectionRegistry(), Verifier(None))
     for got, wanted in zip(gradients(saver, spoil=True), gradients(None, spoil=True), strict=True):
         assert torch.equal(got, wanted)
     assert saver.packed_bytes == 0
 
 
 def test_memory_of_an_output_is_released_and_its_successor_not_mistaken_for_it() -> None:
-    saver = SparseSaver(Verifier(None))
+    saver = SparseSaver(SelectionRegistry(), Verifier(None))
     saver.enter()
     for number in range(20):
         y, bits = topk_mask_with_bits(torch.randn(100, 64), 4)
-        saver.remember(y, bits, 4)
+        saver.selections.remember(y, Selection(y.shape, 4, bits=bits))
         pointer = y.data_ptr()
         del y
         other = torch.full((100, 64), float(number), requires_grad=True)
@@ -76,8 +76,8 @@ def test_what_a_stage_received_is_let_go_and_still_gets_its_gradient() -> None:
     (wanted.square() * weight).sum().backward()
 
     received = y.clone().requires_grad_()
-    setattr(received, INDICES, indices)
-    saver = SparseSaver(Verifier(None))
+    saver = SparseSaver(SelectionRegistry(), Verifier(None))
+    saver.selections.remember(received, Selection(y.shape, 4, indices_NK=indices))
     saver.enter(received)
     loss = (received.square() * weight).sum()
     saver.leave()
@@ -110,7 +110,7 @@ def test_embedding_output_is_let_go_and_looked_up_again() -> None:
         return table.weight.grad, gone
 
     wanted, kept = gradient_of(None)
-    saver = SparseSaver(Verifier(every=1))
+    saver = SparseSaver(SelectionRegistry(), Verifier(every=1))
     saver.verifier.begin(0)
     got, gone = gradient_of(saver)
     assert torch.equal(got, wanted)  # pyright: ignore[reportArgumentType]
@@ -121,7 +121,7 @@ def test_embedding_output_is_let_go_and_looked_up_again() -> None:
 def test_embedding_with_other_weights_at_the_second_lookup_is_found() -> None:
     table = torch.nn.Embedding(50, 64)
     ids = torch.randint(0, 50, (6, 2))
-    saver = SparseSaver(Verifier(every=1))
+    saver = SparseSaver(SelectionRegistry(), Verifier(every=1))
     saver.verifier.begin(0)
     x = table(ids)
     saver.remember_embedding(x, lambda: table(ids), ids.nbytes)

@@ -9,6 +9,7 @@ from benchmarks.plan_memory import GPUS, megatron_memory
 from tests.plan.conftest import config_flags
 from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
+from topk_megatron.parallel.selection import Selection, SelectionRegistry
 from topk_megatron.parallel.verify import Verifier
 from topk_megatron.plan.flags import layout_in, shape_of
 from topk_megatron.plan.layout import Layout
@@ -92,11 +93,11 @@ def test_saved_inputs_take_what_the_saver_takes() -> None:
     )
     shape = shape_of(flags.split())
     layout = Layout(tp=1, pp=1, dp=1, recompute=True)
-    saver = SparseSaver(Verifier(None))
+    saver = SparseSaver(SelectionRegistry(), Verifier(None))
     x = torch.randn(8, 1, 2048, dtype=torch.bfloat16, requires_grad=True)
     output, bits = topk_mask_with_bits(x, 128)
     saver.enter()
-    saver.remember(output, bits, 128)
+    saver.selections.remember(output, Selection(output.shape, 128, bits=bits))
     torch.nn.functional.silu(output)  # saves its input
     saver.leave()
     assert saver.dense_bytes == 8 * input_bytes(shape, layout, 1, sparse=False)

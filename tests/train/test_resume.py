@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from topk_megatron.checkpoint.directory import TRACKER, find_checkpoint
 from topk_megatron.config import TopKConfig
-from topk_megatron.errors import CheckpointError
+from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.train import resume
 from topk_megatron.train.resume import choose_settings, compare_topk
 
@@ -139,31 +141,32 @@ def test_dense_models_are_equal_whatever_their_unused_settings() -> None:
     ]
 
 
-def test_each_flag_wins_over_the_settings_of_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint(tmp_path, 10)
-    (tmp_path / TRACKER).write_text("10")
-    saved = Namespace(topk=settings(k=5, mode="abs").to_dict())
-    monkeypatch.setattr(resume, "read_args", lambda _: saved)
-    flags = {f"topk_{name}": None for name in resume._FLAGS}
-    args = Namespace(
-        use_checkpoint_args=True,
-        load=str(tmp_path),
-        ckpt_step=None,
-        hidden_size=64,
-        num_layers=4,
-        **flags,
-    )
-    assert resume.choose_settings(args) == settings(k=5, mode="abs")
+def opened(**saved: object) -> Any:
+    """A checkpoint that was opened, with these of its run's arguments."""
+    return SimpleNamespace(args=Namespace(**saved), directory=Path("run/iter_0000010"))
+
+
+def test_each_flag_wins_over_the_settings_of_the_checkpoint() -> None:
+    before = opened(topk=settings(k=5, mode="abs").to_dict())
+    args = run_flags(use_checkpoint_args=True, train_iters=None)
+    assert choose_settings(args, before) == settings(k=5, mode="abs")
     args.topk_k, args.topk_layers = 7, "all,-1"
-    assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))
+    assert choose_settings(args, before) == settings(k=7, mode="abs", layers=(0, 1, 2))
     args.topk_site, args.topk_mlp_k = "both", 4
     with_mlp = settings(k=7, mode="abs", layers=(0, 1, 2), site="both", mlp_k=4)
-    assert resume.choose_settings(args) == with_mlp
-    saved.topk = with_mlp.to_dict()
+    assert choose_settings(args, before) == with_mlp
     args.topk_site, args.topk_mlp_k = "residual", None
-    assert resume.choose_settings(args) == settings(k=7, mode="abs", layers=(0, 1, 2))
+    before = opened(topk=with_mlp.to_dict())
+    assert choose_settings(args, before) == settings(k=7, mode="abs", layers=(0, 1, 2))
+
+
+def test_the_sizes_come_from_a_stock_checkpoint_that_has_no_topk_settings() -> None:
+    args = run_flags(use_checkpoint_args=True, k=8, layers="0-1")
+    args.hidden_size = args.num_layers = None
+    stock = opened(hidden_size=64, num_layers=4)
+    assert choose_settings(args, stock) == settings()
+    with pytest.raises(ConfigError, match="--hidden-size is required"):
+        choose_settings(args, None)
 
 
 ANNEALED = {"anneal": "linear", "anneal_begin": 2, "anneal_end": 9}
@@ -174,15 +177,6 @@ def run_flags(**given: object) -> Namespace:
     flags = {f"topk_{name}": given.pop(name, None) for name in resume._FLAGS}
     rest = {"use_checkpoint_args": False, "finetune": False, "train_iters": 40, **given}
     return Namespace(load="run", ckpt_step=None, hidden_size=64, num_layers=4, **flags, **rest)
-
-
-@pytest.fixture
-def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Namespace:
-    """Arguments that the checkpoint holds; set `topk`."""
-    arguments = Namespace(topk=None)
-    monkeypatch.setattr(resume, "find_checkpoint", lambda *_: tmp_path)
-    monkeypatch.setattr(resume, "read_args", lambda _: arguments)
-    return arguments
 
 
 SAME = {"k": 8, "layers": "0-1", "anneal": "linear", "anneal_begin": 2}
@@ -198,17 +192,14 @@ SAME = {"k": 8, "layers": "0-1", "anneal": "linear", "anneal_begin": 2}
         ({"finetune": True}, 21),
     ],
 )
-def test_a_longer_run_keeps_its_end_of_annealing(
-    changes: dict[str, object], end: int, saved: Namespace
-) -> None:
-    saved.topk = settings(**ANNEALED).to_dict()
-    assert choose_settings(run_flags(**{**SAME, **changes})).anneal_end == end
+def test_a_longer_run_keeps_its_end_of_annealing(changes: dict[str, object], end: int) -> None:
+    before = opened(topk=settings(**ANNEALED).to_dict())
+    assert choose_settings(run_flags(**{**SAME, **changes}), before).anneal_end == end
 
 
-def test_the_end_of_annealing_is_half_way_where_the_checkpoint_has_none(saved: Namespace) -> None:
-    assert choose_settings(run_flags(**SAME)).anneal_end == 21
-    saved.topk = settings().to_dict()
-    assert choose_settings(run_flags(**SAME)).anneal_end == 21
+def test_the_end_of_annealing_is_half_way_where_the_checkpoint_has_none() -> None:
+    for before in (None, opened(topk=None), opened(topk=settings().to_dict())):
+        assert choose_settings(run_flags(**SAME), before).anneal_end == 21
 
 
 @pytest.mark.parametrize(
@@ -226,8 +217,7 @@ def test_flags_win_over_the_annealing_of_the_checkpoint(
     given: dict[str, object],
     before: dict[str, object],
     expected: tuple[str, int, int],
-    saved: Namespace,
 ) -> None:
-    saved.topk = settings(**before).to_dict()
-    chosen = choose_settings(run_flags(use_checkpoint_args=True, **given))
+    checkpoint = opened(topk=settings(**before).to_dict())
+    chosen = choose_settings(run_flags(use_checkpoint_args=True, **given), checkpoint)
     assert (chosen.anneal, chosen.anneal_begin, chosen.anneal_end) == expected

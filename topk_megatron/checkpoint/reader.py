@@ -149,11 +149,6 @@ class CheckpointReader:
                 raise self._damaged(key, error) from error
 
 
-def read_args(directory: Path) -> Namespace:
-    """The arguments of the run that wrote a checkpoint; raises as `CheckpointReader` does."""
-    return CheckpointReader(directory).args
-
-
 class _SlicePlanner(DefaultLoadPlanner):
     """Takes what the file system reader reads into one tensor, or one buffer of bytes."""
 

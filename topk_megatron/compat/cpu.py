@@ -62,9 +62,9 @@ def redirect_cuda_to_cpu() -> None:
     _patch_tensor_types()
     _patch_accelerator()
     _patch_data_loader()
-    from topk_megatron.compat.patches import patch_megatron_for_cpu
+    from topk_megatron.compat.patches import use_cpu_generator
 
-    patch_megatron_for_cpu()
+    use_cpu_generator()
 
 
 def _keep_device_contexts() -> None:

@@ -1,6 +1,9 @@
-"""The patches of Megatron itself, for megatron-core 0.19; each with its reason.
+"""Every change to Megatron, for megatron-core 0.19; each with its reason.
 
-`patch_megatron_for_cpu` is for machines without CUDA only, the others for every machine.
+Nothing outside compat/ assigns to a module or class of Megatron or torch
+(tests/test_architecture.py checks it); `topk_megatron.compat.cpu` holds the changes to torch for
+machines without CUDA. Check a new version of Megatron here: each function names what it replaces
+and the file in which to look. `replaced` lists what is replaced in this process.
 """
 
 import functools
@@ -8,33 +11,109 @@ import importlib.util
 import logging
 import os
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def patch_megatron_for_cpu() -> None:
-    """Make Megatron's RNG tracker use the CPU generator."""
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    module: Any = megatron_random
-    # Megatron reaches for torch._C and torch.cuda.default_generators here, beyond what
-    # topk_megatron.compat.cpu replaces.
-    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
-    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
-        new_state
-    )
-    # With one generator for both devices, the tracker's warning that the CPU state changed inside
-    # a fork is always true and never of interest.
-    logging.getLogger(megatron_random.__name__).addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )
+# What is replaced in this process, as "module.name".
+replaced: list[str] = []
 
 
-def patch_dataset_compiler() -> None:
+def _wrap(module: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace a function of a module by what `make` builds from it."""
+    original = getattr(module, name)
+    setattr(module, name, functools.wraps(original)(make(original)))
+    replaced.append(f"{module.__name__}.{name}")
+
+
+def _argument_reader(function: Callable[..., Any], name: str) -> Callable[[Any, Any], Any]:
+    """Return a reader of one argument from a call's (args, kwargs), however it was passed."""
+    position = function.__code__.co_varnames.index(name)
+    return lambda args, kwargs: kwargs[name] if name in kwargs else args[position]
+
+
+# ---- the training loop (megatron/training/training.py) -------------------------------------------
+
+
+def wrap_schedule(run_step: Callable[..., Any]) -> None:
+    """Let ``run_step(schedule, *args, **kwargs)`` run every step of Megatron's schedule.
+
+    Megatron asks for its schedule once before training and in every evaluation, on every rank,
+    after the process groups are made, and offers no hook for the beginning of a step. `pretrain()`
+    accepts a P2PCommunicator, but one needs a pipeline group, and the groups are made inside
+    `pretrain()`.
+    """
+    from megatron.training import training
+
+    def make(original: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: functools.partial(run_step, original(*args, **kwargs))
+
+    _wrap(training, "get_forward_backward_func", make)
+
+
+def after_training_log(callback: Callable[[int], None]) -> None:
+    """Call ``callback(iteration)`` on every rank after every step (iteration from 1).
+
+    Megatron calls `training_log` there and offers no hook. The forward step is no place for a
+    collective: pipeline stages reach it at different times.
+    """
+    from megatron.training import training
+
+    def make(original: Any) -> Callable[..., Any]:
+        iteration_of = _argument_reader(original, "iteration")
+
+        def training_log(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            callback(iteration_of(args, kwargs))
+            return result
+
+        return training_log
+
+    _wrap(training, "training_log", make)
+
+
+def on_exit_decision(callback: Callable[[int], None]) -> None:
+    """Call ``callback(iteration)`` on every rank when Megatron decides to leave its loop.
+
+    Megatron exits with 0 whether it is done or was asked to stop, and returns the decision from one
+    place (`checkpoint_and_decide_exit`).
+    """
+    from megatron.training import training
+
+    def make(original: Any) -> Callable[..., Any]:
+        iteration_of = _argument_reader(original, "iteration")
+
+        def decide(*args: Any, **kwargs: Any) -> bool:
+            leaving = original(*args, **kwargs)
+            if leaving:
+                callback(iteration_of(args, kwargs))
+            return leaving
+
+        return decide
+
+    _wrap(training, "checkpoint_and_decide_exit", make)
+
+
+def wrap_save(run_save: Callable[..., Any]) -> None:
+    """Let ``run_save(save_checkpoint, iteration, *args, **kwargs)`` run every save.
+
+    Both modules hold the function under the same name (megatron/training/checkpointing.py).
+    """
+    from megatron.training import checkpointing, training
+
+    def make(original: Any) -> Callable[..., Any]:
+        return lambda iteration, *args, **kwargs: run_save(original, iteration, *args, **kwargs)
+
+    _wrap(training, "save_checkpoint", make)
+    checkpointing.save_checkpoint = training.save_checkpoint
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def skip_dataset_compiler() -> None:
     """Skip Megatron's `make` of its dataset helpers where the wheel brought them built.
 
     The wheel lacks the Makefile that `compile_helpers` runs, so that every pip install would exit
@@ -43,11 +122,11 @@ def patch_dataset_compiler() -> None:
     from megatron.core.datasets import utils
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        utils.compile_helpers = lambda: None
+        _wrap(utils, "compile_helpers", lambda _: lambda: None)
 
 
-def patch_checkpoint_save() -> None:
-    """Mark a checkpoint that is about to be written over as incomplete.
+def mark_saves_incomplete() -> None:
+    """Mark a checkpoint that is about to be overwritten as incomplete.
 
     A run that went back to an earlier checkpoint saves some iterations a second time. Megatron
     leaves the old ``metadata.json`` in place meanwhile, so that a kill would leave a mixture that
@@ -55,19 +134,21 @@ def patch_checkpoint_save() -> None:
     """
     from megatron.core import dist_checkpointing
 
-    module: Any = dist_checkpointing
-    original = module.save
+    def make(original: Any) -> Callable[..., Any]:
+        def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+            if os.environ.get("RANK", "0") == "0":
+                (Path(checkpoint_dir) / "metadata.json").unlink(missing_ok=True)
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if os.environ.get("RANK", "0") == "0":
-            (Path(checkpoint_dir) / "metadata.json").unlink(missing_ok=True)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        return save
 
-    module.save = save
+    _wrap(dist_checkpointing, "save", make)
 
 
-def mend_help(parser: ArgumentParser) -> None:
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def repair_help(parser: ArgumentParser) -> None:
     """Escape percent signs that Megatron left bare in help texts; they make ``--help`` crash."""
     formatter: Any = parser._get_formatter()
     for action in parser._actions:
@@ -75,3 +156,29 @@ def mend_help(parser: ArgumentParser) -> None:
             formatter._expand_help(action)
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")
+
+
+# ---- machines without CUDA -----------------------------------------------------------------------
+
+
+def use_cpu_generator() -> None:
+    """Make Megatron's RNG tracker use the CPU generator.
+
+    The tracker reaches for torch._C and torch.cuda.default_generators, beyond what
+    `topk_megatron.compat.cpu` replaces (megatron/core/tensor_parallel/random.py).
+    """
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    _wrap(megatron_random, "_get_cuda_rng_state", lambda _: get_state)
+    _wrap(megatron_random, "_set_cuda_rng_state", lambda _: set_state)
+    # With one generator for both devices, the tracker's warning that the CPU state changed inside
+    # a fork is always true and never of interest.
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from topk_megatron.errors import TransportError
-from topk_megatron.parallel.selection import INDICES, SELECTION
+from topk_megatron.parallel.selection import Selection, SelectionRegistry
 from topk_megatron.parallel.stages import MessageOrder, message_order
 from topk_megatron.parallel.verify import Verifier
 from topk_megatron.parallel.wire import (
@@ -67,6 +67,7 @@ class SparseP2PCommunicator(P2PCommunicator):
         *,
         hidden_size: int,
         sparse_out: Sequence[bool],
+        selections: SelectionRegistry,
         verifier: Verifier,
     ) -> None:
         """Every rank of the group must build it at the same time.
@@ -76,10 +77,12 @@ class SparseP2PCommunicator(P2PCommunicator):
             config: Megatron's model configuration.
             hidden_size: H.
             sparse_out: for each model chunk of this rank, whether its output is a TopK's.
+            selections: where TopK outputs are registered, and what arrives sparsely.
             verifier: checks messages in some steps.
         """
         super().__init__(pp_group, config)
-        self.hidden_size, self.verifier = hidden_size, verifier
+        self.hidden_size, self.selections, self.verifier = hidden_size, selections, verifier
+        selections.active = True
         everyone: list[Any] = [None] * pp_group.size()
         dist.all_gather_object(everyone, list(sparse_out), group=pp_group)
         self._sparse_out: list[bool] = everyone[pp_group.rank()]
@@ -183,7 +186,10 @@ class SparseP2PCommunicator(P2PCommunicator):
             return x
         assert self._wire is not None
         assert x.dtype == self._wire.dtype, (x.dtype, self._wire.dtype)
-        message, indices = pack_hidden(self._wire, x, getattr(x, SELECTION))
+        selection = self.selections.of(x)
+        assert selection is not None, "the output of a TopK layer changed before it was sent"
+        assert selection.bits_NW is not None
+        message, indices = pack_hidden(self._wire, x, selection.bits_NW)
         if not self._forward_only:
             self._sent[boundary].append(indices)
         return self.verifier.extend(message, x)
@@ -214,7 +220,7 @@ class SparseP2PCommunicator(P2PCommunicator):
             self.verifier.check_hidden(buffer, size, x)
             if not self._forward_only:
                 self._received[boundary].append(indices)
-                setattr(x, INDICES, indices)
+                self.selections.remember(x, Selection(x.shape, wire.k, indices_NK=indices))
 
         return x, buffer, finish
 

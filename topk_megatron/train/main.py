@@ -13,7 +13,7 @@ _REFUSALS = (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeEr
 
 
 def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespace, TopKConfig]:
-    """Parse and validate the command line, ours first and then Megatron's own checks.
+    """Parse and validate the command line: our checks, Megatron's, and the checkpoint to resume.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -26,19 +26,21 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from topk_megatron.train.arguments import arguments_provider, check_arguments, check_settings
-    from topk_megatron.train.arguments_parallel import check_mlp
-    from topk_megatron.train.resume import choose_settings
+    from topk_megatron.train.arguments import arguments_provider
+    from topk_megatron.train.checks import check_arguments, check_mlp, check_settings
+    from topk_megatron.train.resume import check_resume, choose_settings, open_resume
 
     provider = arguments_provider(device, defaults)
-    check_arguments(parse_args(provider), device)
+    early = parse_args(provider)
+    resume = open_resume(early)
+    config = choose_settings(early, resume)
+    check_arguments(early, config, device)
     try:
         args = parse_and_validate_args(extra_args_provider=provider)
     except UserError:
         raise
     except _REFUSALS as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
-    config = choose_settings(args)
     check_settings(args, config)
     check_mlp(args, config)
     args.topk = config.to_dict()
@@ -48,6 +50,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     if args.tokenizer_model is not None and Path(args.tokenizer_model).exists():
         # The checkpoint is read from other working directories too.
         args.tokenizer_model = str(Path(args.tokenizer_model).resolve())
+    check_resume(args, config, resume)
     return args, config
 
 
@@ -115,36 +118,34 @@ def run(device: str) -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from topk_megatron.compat.patches import patch_checkpoint_save, patch_dataset_compiler
+    from topk_megatron.compat import patches
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import bind_topk
     from topk_megatron.train.data import datasets_provider
-    from topk_megatron.train.metrics import install_metrics
-    from topk_megatron.train.resume import prepare_resume
-    from topk_megatron.train.save import guard_saves
-    from topk_megatron.train.sparsity import install_parallel
-    from topk_megatron.train.step import ForwardStep
-    from topk_megatron.train.stop import StopWatch
+    from topk_megatron.train.interruptions import StopWatch, guarded_save
+    from topk_megatron.train.metrics import MetricsLogger
+    from topk_megatron.train.schedule import StepRunner
+    from topk_megatron.train.step import forward_step
 
     be_one_process()
-    patch_dataset_compiler()
-    patch_checkpoint_save()
-    guard_saves()
+    patches.skip_dataset_compiler()
+    patches.mark_saves_incomplete()
+    patches.wrap_save(guarded_save)
     args, config = parse(device)
     announce(args, config, device)
-    prepare_resume(args, config)
     runtime = TopKRuntime(config, probing=args.topk_metrics)
-    install_metrics(runtime)
-    install_parallel(args, runtime)
-    model = bind_topk(gpt_config_from_args(args), runtime)
+    patches.wrap_schedule(StepRunner(args, runtime).run_step)
+    if config.residual_layers and args.topk_metrics:
+        patches.after_training_log(MetricsLogger(runtime).after_step)
     watch = StopWatch()
-    watch.install()
+    patches.on_exit_decision(watch.on_exit)
+    model = bind_topk(gpt_config_from_args(args), runtime)
     watch.run(
         args,
         lambda: pretrain(
             pretrain_cfg_container_from_args(args, model),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            ForwardStep(runtime),
+            forward_step,
         ),
     )

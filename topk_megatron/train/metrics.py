@@ -5,8 +5,6 @@ parallelism see the same tokens and count them equally often in both sums; a lay
 ranks of one pipeline stage and adds nothing from the others.
 """
 
-import functools
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch.distributed as dist
 
 from topk_megatron.model.probe import NEVER_SEEN
 from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.train.wrapping import argument_reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +79,13 @@ class MetricsLogger:
         self.runtime = runtime
         self.seen_tokens = 0
 
-    def after_step(self, args: Namespace, iteration: int, tokens: int) -> None:
-        """Args: iteration: Megatron's, 1-based. tokens: of this step, over the whole job."""
+    def after_step(self, iteration: int) -> None:
+        """Close the step numbered `iteration`, counted from 1 as Megatron does."""
+        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+        from megatron.training import get_args
+
+        args: Any = get_args()
+        tokens = get_current_global_batch_size() * args.seq_length
         self.seen_tokens += tokens
         for probe in self.runtime.probes.values():
             probe.end_step(tokens)
@@ -120,30 +122,3 @@ def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetr
         f"density %: {row('density')} | kept norm² %: {row('kept_norm')} | "
         f"silent %: {row('silent')} |"
     )
-
-
-def install_metrics(runtime: TopKRuntime) -> None:
-    """Have Megatron's `training_log` report the TopK layers too (megatron-core 0.19).
-
-    Megatron calls `training_log` on every rank after every step and offers no hook there. The
-    forward step is no place for a collective: pipeline stages reach it at different times.
-    """
-    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-    from megatron.training import get_args, training
-
-    if not (runtime.config.residual_layers and runtime.probing):
-        return
-    logger = MetricsLogger(runtime)
-    module: Any = training
-    original = module.training_log
-    iteration_of = argument_reader(original, "iteration")
-
-    @functools.wraps(original)
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        settings: Any = get_args()
-        tokens = get_current_global_batch_size() * settings.seq_length
-        logger.after_step(settings, iteration_of(args, kwargs), tokens)
-        return result
-
-    module.training_log = training_log

@@ -4,39 +4,49 @@ from argparse import Namespace
 from pathlib import Path
 
 from topk_megatron.checkpoint.directory import find_checkpoint, names_release
-from topk_megatron.checkpoint.reader import CheckpointReader, read_args
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig, anneal_end_of, parse_layers
-from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
+from topk_megatron.errors import CheckpointError, ConfigError, UnsafeCheckpointError
 
 
-def prepare_resume(args: Namespace, config: TopKConfig) -> None:
-    """Point the tracker at a complete checkpoint and compare its settings with this run's.
+def open_resume(args: Namespace) -> CheckpointReader | None:
+    """Open the checkpoint that this run continues from, once; None if there is none.
+
+    Rank 0 also repairs a tracker that names no complete checkpoint, compares hashes under
+    ``--verify-integrity`` (which reads every byte), and checks that Megatron's loader finds no code
+    in the checkpoint: the other ranks wait for it when the job's process groups are made.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the run needs one and there is none.
+        UnsafeCheckpointError: opening it could run code.
+    """
+    if args.load is None:
+        return None
+    first = args.rank == 0
+    hashes = first and args.verify_integrity
+    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
+    if directory is None:
+        _check_needed(args)
+        return None
+    reader = CheckpointReader(directory)
+    if first and not args.topk_trust_checkpoint:
+        check_trust(reader)
+    return reader
+
+
+def check_resume(args: Namespace, config: TopKConfig, resume: CheckpointReader | None) -> None:
+    """Compare the checkpoint's vocabulary and settings with this run's.
 
     Raises:
         CheckpointError: other TopK settings or another vocabulary, unless overridden.
     """
-    if args.load is None:
-        return
-    first = args.rank == 0
-    hashes = first and args.verify_integrity  # reads every byte: once, not once a rank
-    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
-    if directory is None:
-        _check_needed(args)
-        return
-    reader = CheckpointReader(directory)
-    if first and not args.topk_trust_checkpoint:
-        # Before any rank opens it: the others wait for this one when the job's groups are made.
-        check_trust(reader)
-    _check_vocabulary(args, reader.args, directory)
-    _check_topk(args, config, reader.args, directory)
+    if resume is not None:
+        _check_vocabulary(args, resume.args, resume.directory)
+        _check_topk(args, config, resume.args, resume.directory)
 
 
-def check_trust(reader: CheckpointReader, *, flag: str = "--topk-trust-checkpoint") -> None:
+def check_trust(reader: CheckpointReader) -> None:
     """Refuse a checkpoint in which Megatron's loader could find code to run.
-
-    Args:
-        reader: the opened checkpoint.
-        flag: of the command line, which lets the user take the risk.
 
     Raises:
         UnsafeCheckpointError: names the object and the way out.
@@ -45,7 +55,7 @@ def check_trust(reader: CheckpointReader, *, flag: str = "--topk-trust-checkpoin
         reader.check_objects()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(
-            f"{error}; give {flag} if you trust whoever wrote the checkpoint"
+            f"{error}; give --topk-trust-checkpoint if you trust whoever wrote the checkpoint"
         ) from error
 
 
@@ -63,35 +73,38 @@ _FLAGS = (
 )
 
 
-def choose_settings(args: Namespace) -> TopKConfig:
+def choose_settings(args: Namespace, resume: CheckpointReader | None) -> TopKConfig:
     """This run's TopK settings: its flags, and under ``--use-checkpoint-args`` the checkpoint's.
 
-    Each ``--topk-…`` flag on the command line wins over the checkpoint's value. Where no end of
-    annealing is given, a resumed run keeps the one that it was begun with, also when it is made
-    longer.
+    It is the only place that builds them. Each ``--topk-…`` flag on the command line wins over the
+    checkpoint's value. Where no end of annealing is given, a resumed run keeps the end that it
+    started with, also when it is made longer.
+
+    Args:
+        args: Megatron's arguments as they were parsed, not yet validated.
+        resume: the checkpoint that ``--load`` names, if there is one.
     """
-    if args.use_checkpoint_args and (before := _saved_settings(args)) is not None:
+    settings = None if resume is None else getattr(resume.args, "topk", None)
+    before = None if settings is None else TopKConfig.from_dict(settings)
+    if args.use_checkpoint_args and before is not None:
         return _merged(args, before)
+    if args.use_checkpoint_args and resume is not None:
+        # A stock Megatron checkpoint brings the sizes of its model, and no TopK settings.
+        args = Namespace(**{**vars(args), **_sizes(resume.args)})
+    for name in ("hidden_size", "num_layers"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is required")
     config = TopKConfig.from_args(args)
     if config.anneal == "constant" or args.topk_anneal_end is not None or args.finetune:
         return config
-    before = _saved_settings(args)
-    if (
-        before is not None
-        and {**before.to_dict(), "anneal_end": config.anneal_end} == config.to_dict()
-    ):
-        return before
+    if before is not None:
+        same_but_the_end = {**before.to_dict(), "anneal_end": config.anneal_end}
+        return before if same_but_the_end == config.to_dict() else config
     return config
 
 
-def _saved_settings(args: Namespace) -> TopKConfig | None:
-    """The TopK settings of the checkpoint that ``--load`` names, if there is one that has them."""
-    if args.load is None:
-        return None
-    directory = find_checkpoint(Path(args.load), args.ckpt_step)
-    saved = None if directory is None else read_args(directory)
-    settings = getattr(saved, "topk", None)
-    return None if settings is None else TopKConfig.from_dict(settings)
+def _sizes(saved: Namespace) -> dict[str, int]:
+    return {name: getattr(saved, name) for name in ("hidden_size", "num_layers")}
 
 
 def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
@@ -99,7 +112,7 @@ def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
     given = {name: getattr(args, f"topk_{name}") for name in _FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     if "layers" in given:
-        given["layers"] = parse_layers(given["layers"], args.num_layers)
+        given["layers"] = parse_layers(given["layers"], saved.num_layers)
     before = saved.to_dict()
     if given.get("anneal") == "constant":
         before.update(anneal_start_k=None, anneal_begin=0, anneal_end=0)

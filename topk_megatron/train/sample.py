@@ -15,7 +15,6 @@ from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
 from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.arguments import CPU_DEFAULTS
-from topk_megatron.train.resume import check_trust
 
 
 class Sampler:
@@ -52,11 +51,9 @@ class Sampler:
         directory = find_checkpoint(checkpoint, iteration)
         if directory is None:
             raise CheckpointError(f"{checkpoint} holds no complete torch_dist checkpoint")
-        reader = CheckpointReader(directory)
-        if not trust:
-            check_trust(reader, flag="--trust-checkpoint")
-        saved = reader.args
+        saved = CheckpointReader(directory).args
         flags = _flags(checkpoint, saved, iteration, tokenizer_model)
+        flags += ["--topk-trust-checkpoint"] if trust else []
         self.args, self.model, self.runtime = _load(directory, saved, flags, device)
         from megatron.training import get_tokenizer
 
@@ -168,19 +165,19 @@ def _load(directory: Path, saved: Namespace, flags: list[str], device: str) -> t
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from topk_megatron.compat.patches import patch_dataset_compiler
+    from topk_megatron.compat.patches import skip_dataset_compiler
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
     from topk_megatron.train.main import be_one_process, parse
 
     be_one_process()
     sys.argv = [sys.argv[0], *flags]
-    patch_dataset_compiler()
+    skip_dataset_compiler()
     args, config = parse(device, _model_settings(saved))
     initialize_megatron()
     runtime = TopKRuntime(config, probing=False)
     model = build_model(args, runtime).eval()
     _check_weights(model, directory)
     load_checkpoint([model], None, None)
-    runtime.begin_iteration(max(0, args.iteration - 1))
+    runtime.begin_step(max(0, args.iteration - 1))
     return args, model, runtime

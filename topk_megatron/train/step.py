@@ -21,8 +21,6 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from topk_megatron.errors import RunError
-from topk_megatron.model.runtime import TopKRuntime
-from topk_megatron.parallel.selection import SELECTION
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]
@@ -35,50 +33,27 @@ _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "h
 _SPIKE = 10
 
 
-class ForwardStep:
-    """Megatron's `forward_step` for TopK models: sets the current k, then runs the microbatch."""
+def forward_step(
+    data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """Run one microbatch; Megatron's `forward_step` (its schedule opens the step before).
 
-    def __init__(self, runtime: TopKRuntime) -> None:
-        self.runtime = runtime
-
-    def __call__(
-        self, data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
-    ) -> tuple[Any, Any]:
-        """Returns: the model's output (on the last stage losses [b, s]) and its reduction."""
-        args: Any = get_args()
-        timers: Any = get_timers()
-        self._begin(args, model.training)
-        timers("batch-generator", log_level=2).start()
-        batch = get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        packing = _packed_sequences(args, batch)
-        timers("batch-generator").stop()
-
-        inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
-        targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-        reduction = partial(reduce_loss, batch["loss_mask"])
-        if return_schedule_plan:
-            return model.build_schedule_plan(*inputs, **targets), reduction
-        output = model(*inputs, **targets, packed_seq_params=packing)
-        if self.runtime.keeps_selection:
-            # Travels with the output to the transport between pipeline stages.
-            setattr(output, SELECTION, self.runtime.selection_of(output))
-        return output, reduction
-
-    def _begin(self, args: Namespace, training: bool) -> None:
-        current = current_iteration(args)
-        self.runtime.begin_iteration(current)
-        logged = (current + 1) % args.log_interval == 0
-        for probe in self.runtime.probes.values():
-            probe.measuring = training and logged
-
-
-def current_iteration(args: Namespace) -> int:
-    """The step that runs, counted from 0.
-
-    `args.iteration` is where this run began: an evaluation before the first step (a finished run
-    loaded again, --skip-train) must use the k of the last step, not of step 0.
+    Returns:
+        The model's output (losses [b, s] on the last stage) and the reduction of it.
     """
-    return max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
+    args: Any = get_args()
+    timers: Any = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    packing = _packed_sequences(args, batch)
+    timers("batch-generator").stop()
+
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    reduction = partial(reduce_loss, batch["loss_mask"])
+    if return_schedule_plan:
+        return model.build_schedule_plan(*inputs, **targets), reduction
+    return model(*inputs, **targets, packed_seq_params=packing), reduction
 
 
 def get_batch(args: Namespace, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:

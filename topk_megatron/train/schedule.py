@@ -1,9 +1,8 @@
-"""Puts sparse transport, sparse saving and the check of settings into Megatron's training loop.
+"""Opens every step of Megatron's schedule: the one place where the k of a step is set.
 
-`pretrain()` accepts a P2PCommunicator, but one is made from a pipeline group, and the groups are
-made inside `pretrain()`. Megatron asks for its schedule (`get_forward_backward_func`) after that,
-on every rank, once before training and in every evaluation: there the communicator is added to the
-schedule's arguments, with the process groups that the schedule would choose itself.
+A step sets k, decides whether statistics and verification run, and hands the communicator of the
+sparse transport to the schedule, with the process groups that the schedule would choose itself.
+Everyone else reads: layers and the metrics `TopKRuntime.k`, the transport what `begin` was given.
 """
 
 import functools
@@ -16,61 +15,64 @@ from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron.training import get_args, print_rank_last
 
-from topk_megatron.config import k_at
 from topk_megatron.errors import ConfigError
 from topk_megatron.model.layer import global_layer_number
 from topk_megatron.model.runtime import TopKRuntime
 from topk_megatron.parallel.pipeline import SparseP2PCommunicator
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.verify import Verifier
-from topk_megatron.train.step import current_iteration
 
-# Beside the settings of the model, what both sides of a message must agree on.
+# In addition to the settings of the model, what both sides of a message must agree on.
 _FLAGS = ("topk_sparse_p2p", "topk_verify")
 
 
-class ParallelFeatures:
-    """What a rank holds for sparse transport and sparse saving."""
+class StepRunner:
+    """Runs the steps of one rank, with the sparse transport and sparse saving that it was given.
+
+    Attributes:
+        runtime: the TopK layers of this rank.
+        verifier: compares sparse forms with dense ones in some steps.
+        sends_sparsely: whether stages exchange sparse messages.
+        saver: packs saved activations; None keeps them dense.
+        communicator: sends sparsely; made in the first step, None without sparse transport.
+    """
 
     def __init__(self, args: Namespace, runtime: TopKRuntime) -> None:
+        """Args: args: Megatron's, with the ``--topk-…`` flags. runtime: shared with the layers."""
         self.runtime = runtime
         self.verifier = Verifier(args.topk_verify)
         self.sends_sparsely: bool = args.topk_sparse_p2p
+        saves = args.topk_sparse_save
+        self.saver = SparseSaver(runtime.selections, self.verifier) if saves else None
         self.communicator: SparseP2PCommunicator | None = None
-        self._checked = self._prepared = False
-        runtime.keeps_selection = self.sends_sparsely
-        if args.topk_sparse_save:
-            runtime.saver = SparseSaver(self.verifier)
+        self._prepared = False
 
-    def check_once(self) -> None:
-        """Compare the settings of all ranks, the first time."""
-        if not self._checked:
-            settings: Any = get_args()
-            check_same_settings(settings)
-            self._checked = True
-
-    def schedule(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a step of Megatron's schedule with what this run adds to it."""
+    def run_step(self, schedule: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one training or evaluation step of Megatron's schedule."""
         settings: Any = get_args()
         model, forward_only = kwargs["model"], bool(kwargs.get("forward_only"))
-        self._prepare(model if isinstance(model, list) else [model])
+        self._prepare(settings, model if isinstance(model, list) else [model])
         iteration = current_iteration(settings)
+        logged = (iteration + 1) % settings.log_interval == 0
+        self.runtime.begin_step(iteration, measuring=logged and not forward_only)
         self.verifier.begin(iteration)
         if self.communicator is not None:
-            k = k_at(self.runtime.config, iteration)
-            self.communicator.begin(k, kwargs["num_microbatches"], forward_only=forward_only)
+            k, count = self.runtime.k, kwargs["num_microbatches"]
+            self.communicator.begin(k, count, forward_only=forward_only)
             kwargs["p2p_communicator"] = self.communicator
             if kwargs.get("pg_collection") is None:
                 kwargs["pg_collection"] = _default_groups()
-        result = stock(*args, **kwargs)
+        result = schedule(*args, **kwargs)
         if self.verifier.active and not forward_only:
             self._report(iteration)
         return result
 
-    def _prepare(self, model: list[Any]) -> None:
+    def _prepare(self, args: Namespace, model: list[Any]) -> None:
+        """In the first step: compare the ranks' settings, and enter the model's chunks."""
         if self._prepared:
             return
         self._prepared = True
+        check_same_settings(args)
         if self.sends_sparsely:
             group: Any = mpu.get_pipeline_model_parallel_group()
             self.communicator = SparseP2PCommunicator(
@@ -78,14 +80,14 @@ class ParallelFeatures:
                 get_model_config(model[0]),
                 hidden_size=self.runtime.config.hidden_size,
                 sparse_out=[self._ends_in_topk(chunk) for chunk in model],
+                selections=self.runtime.selections,
                 verifier=self.verifier,
             )
-        if self.runtime.saver is not None:
+        if self.saver is not None:
             for chunk in model:
-                _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.runtime)
+                _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.saver)
                 if get_attr_wrapped_model(chunk, "pre_process"):
-                    embedding = get_attr_wrapped_model(chunk, "embedding")
-                    _look_up_again(embedding, self.runtime.saver)
+                    _look_up_again(get_attr_wrapped_model(chunk, "embedding"), self.saver)
 
     def _ends_in_topk(self, chunk: Any) -> bool:
         """Whether what this chunk sends is a TopK's output, as it left the layer.
@@ -107,15 +109,23 @@ class ParallelFeatures:
         print_rank_last(f" topk verify {iteration + 1:8d} | bitwise equal on all ranks: {text} |")
 
 
+def current_iteration(args: Namespace) -> int:
+    """The number of the step that runs, counted from 0.
+
+    `args.iteration` is where this run began: an evaluation before the first step (a finished run
+    loaded again, --skip-train) must use the k of the last step, not of step 0.
+    """
+    return max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
+
+
 def _default_groups() -> Any:
     from megatron.core.pipeline_parallel import schedules
 
     return schedules._build_default_pg_collection()
 
 
-def _save_sparsely(decoder: Any, runtime: TopKRuntime) -> None:
+def _save_sparsely(decoder: Any, saver: SparseSaver) -> None:
     """Let the saver work while the layers of a model chunk run."""
-    saver: Any = runtime.saver
 
     def enter(module: Any, _: Any) -> None:
         if module.training:
@@ -159,20 +169,3 @@ def check_same_settings(args: Namespace) -> None:
                     f"ranks were started with different TopK settings: {name} is {value} on rank "
                     f"0 and {settings[name]} on rank {rank}; give every rank the same flags"
                 )
-
-
-def install_parallel(args: Namespace, runtime: TopKRuntime) -> None:
-    """Wrap the schedule that Megatron's loop asks for (megatron-core 0.19)."""
-    from megatron.training import training
-
-    features = ParallelFeatures(args, runtime)
-    module: Any = training
-    original = module.get_forward_backward_func
-
-    @functools.wraps(original)
-    def get_forward_backward_func(*positional: Any, **keywords: Any) -> Any:
-        features.check_once()
-        stock = original(*positional, **keywords)
-        return functools.partial(features.schedule, stock)
-
-    module.get_forward_backward_func = get_forward_backward_func

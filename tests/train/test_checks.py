@@ -6,7 +6,7 @@ import pytest
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.train.arguments_parallel import check_parallel
+from topk_megatron.train.checks import check_parallel
 
 ACCEPTED = {
     "topk_sparse_p2p": True,

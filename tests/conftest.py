@@ -1,5 +1,6 @@
 """Fixtures that several test folders share: text, a tokenizer, a dataset."""
 
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -7,12 +8,26 @@ import hypothesis
 import pytest
 
 from tests.harness.forks import REPOSITORY, run_forked
+from tests.harness.processor import describe_processor, read_cpuinfo
 
 TOOLS_OF_MEGATRON = ("preprocess_data.py", "sample.py")
 
 # Wall time is never what a test asserts; the first example of a kernel pays for loading it.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+def pytest_report_header() -> list[str]:
+    """Processor and versions at the head of every run: rounding depends on them."""
+    versions = [f"{name} {_version(name)}" for name in ("torch", "megatron-core")]
+    return [f"processor: {describe_processor(read_cpuinfo())}", f"versions: {', '.join(versions)}"]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -114,4 +114,4 @@ def test_rank_killed_in_mid_transfer_ends_the_others_with_a_clear_error(
     assert code == 1, logs[0].read_text()
     assert time.monotonic() - killed < 30
     lines = [line for line in logs[0].read_text().splitlines() if line.startswith("error: ")]
-    assert "rank 0: pipeline rank lost in mid-transfer: the one with rank 1 was not" in lines[-1]
+    assert "rank 0: pipeline rank lost: the transfer with rank 1 did not finish" in lines[-1]

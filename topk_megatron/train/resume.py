@@ -76,9 +76,9 @@ _FLAGS = (
 def choose_settings(args: Namespace, resume: CheckpointReader | None) -> TopKConfig:
     """Build this run's TopK settings, which nothing else does.
 
-    They come from the flags and, under ``--use-checkpoint-args``, from the checkpoint. A ``--topk-…``
-    flag on the command line overrides the checkpoint's value. If no end of annealing is given, a
-    resumed run keeps the end that it started with, even if the run is made longer.
+    They come from the flags and, under ``--use-checkpoint-args``, from the checkpoint, whose values
+    the ``--topk-…`` flags on the command line override. If no end of annealing is given, a resumed
+    run keeps the end that it started with, even if the run is made longer.
 
     Args:
         args: Megatron's parsed arguments, not yet validated.

@@ -8,8 +8,8 @@ from typing import Any
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError, UserError
 
-# Megatron reports wrong arguments by assertions or by failing on them. Until training begins, each
-# of these errors is a user's mistake.
+# Megatron reports wrong arguments by assertions or by failing on them. While it reads arguments,
+# each of these errors is a user's mistake.
 _REFUSALS = (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeError, OSError)
 
 
@@ -48,7 +48,7 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     check_settings(args, config)
     check_mlp(args, config)
     args.topk = config.to_dict()
-    # Megatron's padding of the vocabulary depends on the layout, so the tokenizer's size is kept.
+    # Megatron's padding of the vocabulary depends on the layout: compare the tokenizer's own size.
     tokenizer: Any = get_tokenizer()
     args.tokenizer_vocab_size = tokenizer.vocab_size
     if args.tokenizer_model is not None and Path(args.tokenizer_model).exists():

@@ -126,7 +126,7 @@ def _flags(
     ]
 
 
-# Arguments that shape the model but are not in TransformerConfig (see `gpt_config_from_args`).
+# Arguments that shape the model and are not of TransformerConfig (see `gpt_config_from_args`).
 _OF_THE_MODEL = (
     "use_rope_scaling",
     "rope_scaling_factor",
@@ -137,10 +137,10 @@ _OF_THE_MODEL = (
 
 
 def _model_settings(saved: Namespace) -> dict[str, Any]:
-    """Return every saved argument that shapes the model.
+    """Every saved argument that shapes the model.
 
-    ``--use-checkpoint-args`` alone restores a fixed list that lacks some of them (for example QK
-    norm), and would silently build a different model.
+    ``--use-checkpoint-args`` alone restores a fixed list, from which some are missing (QK norm, for
+    one), and would build another model without a word.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 pretrain_topk_gpt.py --topk-k 32 --topk-layers all,-2 …
 
-takes every flag of Megatron's own GPT pretraining, plus the ``--topk-…`` group. On a machine
-without CUDA the same command runs on the CPU.
+The script takes every flag of Megatron's own GPT pretraining, plus the ``--topk-…`` group. On a
+machine without CUDA the same command runs on the CPU.
 """
 
 from topk_megatron.cli import exit_on_user_error

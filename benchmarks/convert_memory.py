@@ -1,9 +1,9 @@
-"""Peak memory of tools/convert_checkpoint.py on a synthetic checkpoint, both ways.
+"""Measures the peak memory of tools/convert_checkpoint.py on a synthetic checkpoint, both ways.
 
-The figure is the peak resident size of a conversion (VmHWM, mapped pages included) less that of the
-same interpreter with the same imports and no work.
+    python benchmarks/convert_memory.py --gigabytes 2 --output benchmarks/results/convert_memory.md
 
-python benchmarks/convert_memory.py --gigabytes 2 --output benchmarks/results/convert_memory.md
+The figure is the peak resident size of a conversion (VmHWM, mapped pages included) minus that of
+the same interpreter with the same imports and no work.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint
 
 _HIDDEN, _FFN, _VOCABULARY = 2048, 5504, 32000
 _TOOL = REPOSITORY / "tools" / "convert_checkpoint.py"
-# The kernel's own peak of the process, which unlike getrusage's begins at its start.
+# VmHWM begins with the program; getrusage's peak would include the process before exec.
 _RUN = """
 import atexit, re, runpy, sys
 report, tool, name, *arguments = sys.argv[1:]
@@ -35,27 +35,23 @@ def peak():
 atexit.register(peak)
 sys.argv = [tool, *arguments]
 import torch, tqdm, transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
-from tests.harness.launch import REPOSITORY  # noqa: E402
-from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint  # noqa: E402
 runpy.run_path(tool, run_name=name)
 """
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print)")
-    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--directory", type=Path, help="parent of the temporary working directory")
     return parser.parse_args()
 
 
 def measure(work: Path, *arguments: str | Path, idle: bool = False) -> tuple[float, float]:
-    """Run the tool to its end. Returns: peak resident megabytes, seconds."""
+    """Run the tool to its end, and return its peak resident megabytes and its seconds."""
     start = time.perf_counter()
     report, name = work / "peak", "idle" if idle else "__main__"
     command = [sys.executable, "-c", _RUN, report, _TOOL, name, *arguments]
@@ -69,7 +65,7 @@ def _environment() -> dict[str, str]:
 
 
 def make_checkpoint(directory: Path, num_bytes: float) -> float:
-    """Write bfloat16 layers until the checkpoint is that large. Returns: gigabytes."""
+    """Write a bfloat16 checkpoint of about `num_bytes`, and return its gigabytes."""
     layer = 4 * _HIDDEN**2 + 3 * _HIDDEN * _FFN
     embeddings = 2 * _VOCABULARY * _HIDDEN
     layers = max(1, round((num_bytes / 2 - embeddings) / layer))
@@ -87,7 +83,7 @@ def make_checkpoint(directory: Path, num_bytes: float) -> float:
 
 
 def main() -> None:
-    """Measure and write the table."""
+    """Measure, and print or write the table."""
     args = parse()
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         work = Path(name)

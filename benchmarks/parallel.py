@@ -1,14 +1,14 @@
-"""What sparse transport and sparse saved activations save: bytes, and the time of a step.
+"""Measures the bytes and step time saved by sparse transport and sparse saved activations.
 
     python benchmarks/parallel.py bytes        # between two stages, counted at the process group
     python benchmarks/parallel.py loopback     # time of a pipeline step on this machine
     python benchmarks/parallel.py slow-link    # … over 1 Gbit/s between network namespaces (root)
     python benchmarks/parallel.py saved        # activations kept under full recompute
 
-Real trainings with Megatron's loop. Dense and sparse steps alternate within one run, on the same
-weights and data, and the table shows medians and the median of the ratios of neighbouring steps.
-The layers are thin (few attention heads, a narrow MLP) so that a step is short on a CPU; bytes do
-not depend on that, shares of time do.
+The runs are real trainings with Megatron's loop. Dense and sparse steps alternate within one run,
+on the same weights and data, and the table shows medians and the median ratio of neighbouring
+steps. The layers are thin (few attention heads, a narrow MLP) so that a step is short on a CPU.
+Bytes do not depend on that; shares of time do.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PORT = 29731
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,12 +44,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=128)
     parser.add_argument("--seq-length", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=None, help="steps of each kind")
-    parser.add_argument("--rate", default="1gbit", help="of the slowed link, as tc writes it")
+    parser.add_argument("--rate", default="1gbit", help="rate of the slow link, in tc's notation")
     return parser.parse_args()
 
 
 def flags(args: Any, seq: int, repeats: int, layers: int, *more: str) -> list[str]:
-    """Megatron's flags of a thin model on mock data."""
+    """Return Megatron's flags for a thin model on mock data."""
     settings = {
         "num-layers": layers, "hidden-size": args.hidden_size, "num-attention-heads": 4,
         "kv-channels": 16, "ffn-hidden-size": 64, "seq-length": seq,
@@ -65,7 +65,7 @@ def flags(args: Any, seq: int, repeats: int, layers: int, *more: str) -> list[st
 
 
 def launch(ranks: int, arguments: list[str]) -> list[list[dict[str, Any]]]:
-    """Run the worker on this machine; each rank's records."""
+    """Run the worker on this machine, and return each rank's records."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with tempfile.TemporaryDirectory() as directory:
         command = [*launcher, f"--nproc-per-node={ranks}", str(WORKER), *arguments]
@@ -74,21 +74,21 @@ def launch(ranks: int, arguments: list[str]) -> list[list[dict[str, Any]]]:
 
 
 def environment(directory: str, **more: str) -> dict[str, str]:
-    """Of a worker."""
+    """Return the environment of a worker."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOPK_BENCHMARK": directory}
     return {**os.environ, **own, **more}
 
 
 def records(code: int, output: str, directory: Path, ranks: int) -> list[list[dict[str, Any]]]:
-    """What the ranks wrote, or their output where they failed."""
+    """Read the ranks' records; if the worker failed, print its output and exit."""
     if code != 0:
         sys.exit(f"the worker failed:\n{output[-4000:]}")
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def per_step(steps: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Values of dense and of sparse steps."""
+    """Return the values of dense steps and of sparse steps."""
     return (
         [step[key] for step in steps if not step["sparse"]],
         [step[key] for step in steps if step["sparse"]],
@@ -96,7 +96,7 @@ def per_step(steps: list[dict[str, Any]], key: str) -> tuple[list[float], list[f
 
 
 def measure_bytes(args: Any) -> None:
-    """Table of bytes a microbatch."""
+    """Print the table of bytes per microbatch."""
     print(f"{'dtype':10s}{'direction':12s}{'dense':>12s}{'sparse':>12s}{'times fewer':>13s}")
     for dtype, more in (("bfloat16", ["--bf16"]), ("float32", [])):
         pipeline = ["--pipeline-model-parallel-size", "2", "--topk-layers", "0"]
@@ -111,13 +111,13 @@ def measure_bytes(args: Any) -> None:
 
 
 def print_times(ranks: list[list[dict[str, Any]]], repeats: int) -> None:
-    """Median step times and the median ratio of neighbouring steps."""
+    """Print median step times and the median ratio of neighbouring steps."""
     dense, sparse = per_step(ranks[0], "seconds")
     ratios = [a / b for a, b in zip(sparse, dense, strict=True)]
     low, high = (
         statistics.quantiles(ratios, n=4)[0::2] if repeats > 2 else (min(ratios), max(ratios))
     )
-    print(f"{'steps':10s}{'median ms a step':>18s}{'ratio to dense':>16s}")
+    print(f"{'steps':10s}{'median ms per step':>18s}{'ratio to dense':>16s}")
     print(f"{'dense':10s}{1e3 * statistics.median(dense):18.1f}{1:16.3f}")
     print(
         f"{'sparse':10s}{1e3 * statistics.median(sparse):18.1f}{statistics.median(ratios):16.3f}"
@@ -126,7 +126,7 @@ def print_times(ranks: list[list[dict[str, Any]]], repeats: int) -> None:
 
 
 def measure_time(args: Any) -> None:
-    """Step time over loopback."""
+    """Measure step time over loopback."""
     repeats = args.repeats or 8
     pipeline = ["--pipeline-model-parallel-size", "2", "--topk-layers", "0", "--topk-sparse-p2p"]
     print_times(launch(2, flags(args, args.seq_length or 512, repeats, 2, *pipeline)), repeats)
@@ -134,7 +134,7 @@ def measure_time(args: Any) -> None:
 
 @contextlib.contextmanager
 def slow_link(rate: str) -> Iterator[None]:
-    """Two network namespaces with a veth pair between them, both ends held to `rate`."""
+    """Connect two network namespaces by a veth pair, with both ends limited to `rate`."""
 
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
@@ -157,7 +157,7 @@ def slow_link(rate: str) -> Iterator[None]:
 
 
 def measure_slow_link(args: Any) -> None:
-    """Step time between two hosts' worth of namespaces."""
+    """Measure step time between two namespaces that act as hosts."""
     repeats = args.repeats or 8
     pipeline = ["--pipeline-model-parallel-size", "2", "--topk-layers", "0", "--topk-sparse-p2p"]
     arguments = flags(args, args.seq_length or 512, repeats, 2, *pipeline)
@@ -183,17 +183,18 @@ def measure_slow_link(args: Any) -> None:
 
 
 def measure_saved(args: Any) -> None:
-    """Bytes kept under full recompute by 8 layers, and step time."""
+    """Measure the bytes that 8 layers keep under full recompute, and step time."""
     repeats = args.repeats or 6
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     more = [*recompute.split(), "--topk-layers", "all", "--topk-sparse-save", "--bf16"]
-    # Else a mask of 1 MB is kept beside 4 MB hidden states; the attention makes its own.
+    # Otherwise each step also keeps a mask of 1 MB besides hidden states of 4 MB; the attention
+    # makes its own mask.
     more.append("--no-create-attention-mask-in-dataloader")
     seq = args.seq_length or 1024
     alone = launch(1, flags(args, seq, repeats, 8, *more))
     pipeline = ["--pipeline-model-parallel-size", "2", "--topk-sparse-p2p"]
     second = launch(2, flags(args, seq, 1, 16, *more, *pipeline))[1]
-    print(f"{'kept a microbatch':42s}{'dense':>12s}{'sparse':>12s}{'times fewer':>13s}")
+    print(f"{'kept per microbatch':42s}{'dense':>12s}{'sparse':>12s}{'times fewer':>13s}")
     print_kept("8 layers, TopK outputs", alone[0], "kept_topk_bytes")
     print_kept("8 layers, all they keep", alone[0], "kept_bytes")
     print_kept("8 layers of a second stage, all they keep", second, "kept_bytes")
@@ -201,13 +202,13 @@ def measure_saved(args: Any) -> None:
 
 
 def print_kept(name: str, steps: list[dict[str, Any]], key: str) -> None:
-    """One row of bytes."""
+    """Print one row of bytes."""
     dense, sparse = (values[0] / steps[0]["microbatches"] for values in per_step(steps, key))
     print(f"{name:42s}{dense:12.0f}{sparse:12.0f}{dense / sparse:13.2f}")
 
 
 def main() -> None:
-    """One table."""
+    """Print one table."""
     args = parse()
     print(f"# {platform.platform()}, {platform.machine()}, torch {torch.__version__}")
     print(f"# {vars(args)}")

@@ -1,7 +1,7 @@
-"""What `benchmarks/parallel.py` runs on each rank: dense and sparse steps of one training in turn.
+"""The worker that `benchmarks/parallel.py` runs on each rank: alternating dense and sparse steps.
 
-Sparse transport and saving change no bit, so that even and odd steps can take one way and the other
-while the training is the same. Every rank writes its bytes and times into TOPK_BENCHMARK.
+Sparse transport and saving change no bit, so even steps can be dense and odd steps sparse in the
+same training. Every rank writes its bytes and times into the directory TOPK_BENCHMARK.
 """
 
 import json
@@ -21,14 +21,14 @@ from topk_megatron.compat import prepare_device
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' harness
 from tests.harness.traffic import Traffic, counted_traffic
 
-WARM_UP = 2  # steps of each kind that are not counted
+WARM_UP = 2  # number of first steps of each kind that are not counted
 
 
 class KeptBytes:
-    """Bytes of distinct memory that autograd keeps for the layers, parameters aside.
+    """Counts the bytes of distinct memory that autograd keeps for the layers, without parameters.
 
-    The final norm of the decoder is left out: it is no input of a recomputed layer, and torch's
-    norm keeps several float32 tensors of its own.
+    The decoder's final norm is left out: it is not an input of a recomputed layer, and torch's norm
+    keeps several float32 tensors of its own.
     """
 
     def __init__(self, saver: Any, decoder: Any) -> None:
@@ -42,7 +42,7 @@ class KeptBytes:
             decoder.final_layernorm.register_forward_pre_hook(self._leave_layers)
 
     def _begin_microbatch(self, received: Tensor | None) -> None:
-        self._seen.clear()  # addresses are used again
+        self._seen.clear()  # addresses are reused
         self._in_layers = True
         self.enter(received)
 
@@ -84,7 +84,7 @@ class Alternation:
         self.original = StepRunner.run_step
 
     def schedule(self, features: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `StepRunner.run_step`."""
+        """Run a step in place of `StepRunner.run_step`."""
         if kwargs.get("forward_only"):
             return self.original(features, stock, *args, **kwargs)
         sparse = len(self.records) % 2 == 1
@@ -114,7 +114,7 @@ class Alternation:
 
         chunks = model if isinstance(model, list) else [model]
         features._prepare(get_args(), chunks)
-        # Dense steps need no selections, except to count what a saver would have packed.
+        # Dense steps need no selections, except to count the bytes that a saver would have packed.
         features.runtime.selections.active = sparse or features.saver is not None
         if features.saver is not None:
             if self.kept is None:

@@ -1,10 +1,10 @@
-"""The planner's memory beside Megatron's own report: the table of docs/planning.md.
+"""Compares the planner's memory with Megatron's own report: the table of docs/planning.md.
 
     python benchmarks/plan_memory.py
 
-Two sets of formulas, each for a GPU of the first pipeline stage without recompute; nothing is
-measured. Megatron's are megatron/training/theoretical_memory_usage.py, called with the arguments of
-the files in configs/ as Megatron itself parses and completes them.
+Both are formulas for a GPU of the first pipeline stage without recompute; nothing is measured.
+Megatron's are in megatron/training/theoretical_memory_usage.py, called with the arguments of the
+files in configs/ as Megatron itself parses and completes them.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HEADER = """\
 
 
 def megatron_memory(flags: list[str], gpus: int) -> tuple[float, float]:
-    """Bytes of a GPU by Megatron's report: weights and optimizer, activations."""
+    """Return bytes per GPU by Megatron's report: weights and optimizer, and activations."""
     prepare_device()
     from megatron.training import theoretical_memory_usage as report
 
@@ -40,7 +40,7 @@ def megatron_memory(flags: list[str], gpus: int) -> tuple[float, float]:
 
 
 def megatron_arguments(flags: list[str]) -> Any:
-    """As Megatron parses and completes them, with the vocabulary padded."""
+    """Parse and complete the flags as Megatron does, and pad the vocabulary."""
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -64,7 +64,7 @@ def megatron_arguments(flags: list[str]) -> Any:
 
 
 def rows() -> list[str]:
-    """One line a model."""
+    """Return one line per model."""
     lines = []
     for name, gpus in GPUS.items():
         flags = read_flags(REPOSITORY / "configs" / f"{name}.args")

@@ -1,8 +1,8 @@
-"""What sparse transport and sparse saving are worth at scale: the tables of docs/scaling.md.
+"""Models the gain of sparse transport and sparse saving at scale: the tables of docs/scaling.md.
 
     python benchmarks/scaling_model.py
 
-Nothing here is measured: formulas and assumptions are the planner's (topk_megatron/plan/).
+Nothing here is measured. Formulas and assumptions are the planner's (topk_megatron/plan/).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from topk_megatron.plan.traffic import message_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# One sequence of 4096 a microbatch, a TopK at every boundary, no dropout.
+# One sequence of 4096 tokens per microbatch, a TopK at every boundary, no dropout.
 COMMON = [
     *("--seq-length", "4096", "--micro-batch-size", "1"),
     *("--topk-layers", "all", "--topk-anneal", "constant", "--hidden-dropout", "0"),
@@ -32,7 +32,7 @@ CUTS = {"1b": (1, 4), "7b": (2, 4), "70b": (8, 8), "175b": (8, 12), "500b": (8, 
 
 
 def models() -> Iterator[tuple[str, Shape, int, int]]:
-    """Name, shape, TP and PP of each."""
+    """Yield the name, shape, TP and PP of each model."""
     for name, (tp, pp) in CUTS.items():
         path = REPOSITORY / "configs" / f"{name}.args"
         flags = GPT3 if name == "175b" else read_flags(path)
@@ -40,7 +40,7 @@ def models() -> Iterator[tuple[str, Shape, int, int]]:
 
 
 def print_transport() -> None:
-    """Shares of step time."""
+    """Print the table of transport's share of step time."""
     links = {"NVLink (450 GB/s)": None, **{link.name: name for name, link in LINKS.items()}}
     print("| model | layers x hidden | TP x PP | MB a transfer: dense, forward, backward | " + " | ".join(links) + " |")  # fmt: skip  # noqa: E501
     print("|---|---|---|---|" + "---|" * len(links))
@@ -58,7 +58,10 @@ def print_transport() -> None:
 
 
 def _shares(shape: Shape, layout: Layout, link: str | None) -> Iterator[str]:
-    """Transport over compute of a middle stage, dense and sparse; no link is one large node."""
+    """Yield transport over compute of a middle stage, dense and sparse.
+
+    Without a link, all ranks are on one large node.
+    """
     node = layout.ranks if link is None else 1
     cluster = cluster_of("h100", layout.ranks // node, node, link or "ndr")
     compute = compute_seconds(shape, layout, cluster, stage=1)
@@ -68,7 +71,7 @@ def _shares(shape: Shape, layout: Layout, link: str | None) -> Iterator[str]:
 
 
 def print_memory() -> None:
-    """Gigabytes of saved activations: inputs of recomputed layers on the first stage."""
+    """Print the table of saved activations: inputs of recomputed layers on the first stage."""
     print("| model | parameters and optimizer, GB a GPU | kept, sequence parallel, GB | kept, not sequence parallel, GB |")  # fmt: skip  # noqa: E501
     print("|---|---|---|---|")
     for name, shape, tp, pp in models():

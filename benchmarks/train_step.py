@@ -1,10 +1,10 @@
-"""What a TopK costs in a training step, and what its statistics cost.
+"""Measures the cost of a TopK, and of its statistics, in a training step.
 
     python benchmarks/train_step.py [--hidden-size 256 --layers 6 …]
 
 Builds Megatron's GPT model four times with equal weights: dense, TopK, TopK with the statistics of
-every step, and TopK with those of a logged step; runs forward and backward of the same batch in
-turn, and prints medians and ratios of one run. Single process, one thread on CPU.
+every step, and TopK with those of a logged step. Runs forward and backward of the same batch in
+turn, in a single process (one thread on a CPU), and prints medians and ratios of one run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from topk_megatron.compat import prepare_device
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
 
 
 def megatron_flags(args: argparse.Namespace) -> list[str]:
-    """The quickstart's architecture at the sizes asked for."""
+    """Return Megatron's flags for the quickstart's architecture at the given sizes."""
     return [
         *("--num-layers", args.layers, "--hidden-size", args.hidden_size),
         *("--num-attention-heads", args.heads, "--seq-length", args.seq_length),
@@ -49,7 +49,7 @@ def megatron_flags(args: argparse.Namespace) -> list[str]:
 
 
 def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
-    """Model and runtime by name, all with the same weights."""
+    """Build the models, all with the same weights; return model and runtime by name."""
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
 
@@ -73,7 +73,7 @@ def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def one_step(model: Any, runtime: Any, batch: tuple[torch.Tensor, ...]) -> None:
-    """Forward and backward of one microbatch, and the bookkeeping of its step."""
+    """Run forward and backward of one microbatch, and the bookkeeping of its step."""
     tokens, positions, mask = batch
     model.zero_grad(set_to_none=True)
     model(tokens, positions, mask, labels=tokens).mean().backward()
@@ -83,7 +83,7 @@ def one_step(model: Any, runtime: Any, batch: tuple[torch.Tensor, ...]) -> None:
 
 
 def timed(function: Callable[[], None]) -> float:
-    """Seconds of one call, with the device idle before and after."""
+    """Return the seconds of one call, with the device idle before and after."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     function()
@@ -92,7 +92,7 @@ def timed(function: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Measure in turn, print the table."""
+    """Measure the models in turn, and print the table."""
     sizes = parse()
     device = prepare_device()
     if device == "cpu":
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def report(sizes: argparse.Namespace, device: str, times: dict[str, list[float]]) -> None:
-    """Medians, and medians of the ratios to the dense step beside it."""
+    """Print medians, and medians of the ratios to the neighbouring dense step."""
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(f"\n# {platform.platform()}, {machine or platform.machine()}, torch {torch.__version__}")
     print(f"# {vars(sizes)}")

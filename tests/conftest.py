@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: text, a tokenizer, a dataset."""
+"""Fixtures that several test folders share: text, a tokenizer and a dataset."""
 
 import importlib.metadata
 import subprocess
@@ -12,7 +12,7 @@ from tests.harness.processor import describe_processor, read_cpuinfo
 
 TOOLS_OF_MEGATRON = ("preprocess_data.py", "sample.py")
 
-# Wall time is never what a test asserts; the first example of a kernel pays for loading it.
+# No test asserts wall time, and the first example of a kernel also loads it.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
@@ -31,14 +31,14 @@ def _version(package: str) -> str:
 
 
 def run_tool(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Run one of tools/ in a fork, which spares its imports."""
+    """Run a script of tools/ in a fork, which saves its imports."""
     preload = "megatron" if name in TOOLS_OF_MEGATRON else "plain"
     return run_forked(REPOSITORY / "tools" / name, *arguments, preload=preload)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text without a download: the project's sources and licence, a file a document."""
+    """Real text without a download: the project's sources and licence, one file per document."""
     directory = tmp_path_factory.mktemp("corpus")
     sources = [REPOSITORY / "LICENSE", *sorted((REPOSITORY / "topk_megatron").rglob("*.py"))]
     for number, source in enumerate(sources):
@@ -59,7 +59,7 @@ def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of the tokenized corpus."""
+    """The prefix of the tokenized corpus."""
     prefix = tmp_path_factory.mktemp("dataset") / "text"
     done = run_tool(
         "preprocess_data.py",

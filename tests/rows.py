@@ -1,4 +1,4 @@
-"""Rows that a selection kernel can get wrong, by kind, and how results are compared: by bits.
+"""Rows that a selection kernel could get wrong, by kind, and bitwise comparison of results.
 
 Shape suffix: R rows, H hidden, W words of the bitmask.
 """
@@ -34,12 +34,12 @@ KINDS = (
 
 
 def as_bits(x: Tensor) -> Tensor:
-    """The integers behind x."""
+    """Return the bit patterns of x as integers."""
     return x.contiguous().view(INTEGERS[x.element_size()])
 
 
 def from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The floats whose bit patterns are the lowest bits of these int64."""
+    """Return the floats whose bit patterns are the lowest bits of these int64."""
     return bits.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
@@ -53,7 +53,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gen
 
 
 def random_nans(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """NaN of both signs and many payloads."""
+    """Return NaNs of both signs and many payloads."""
     largest = torch.iinfo(INTEGERS[dtype.itemsize]).max
     payload = torch.randint(infinity_bits(dtype) + 1, largest, shape, generator=generator)
     negative = torch.rand(shape, generator=generator) < 0.5
@@ -65,7 +65,7 @@ def choice(values: list[float], shape_RH: tuple[int, int], generator: torch.Gene
 
 
 def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Rows [R, H] of one kind."""
+    """Make rows [R, H] of one kind."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(shape_RH, generator=generator)
     share = torch.rand(shape_RH, generator=generator)
@@ -75,7 +75,7 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             x = normal
         case "few_distinct":
             x = (normal * 2).round() / 2
-        case "quantised":  # not representable in fewer bits: ties that a truncated sample misses
+        case "quantised":  # not exact in fewer bits: ties that a truncated sample misses
             x = (normal * 8).round() / 3.7
         case "all_equal":
             x = normal[:, :1].expand(shape_RH)
@@ -95,9 +95,8 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
                 random_nans(shape_RH, dtype, generator),
                 normal.to(dtype),
             )
-        case (
-            "smallest_nan"
-        ):  # the pattern next to infinity: positive in one row, negative in the next
+        case "smallest_nan":
+            # The pattern next to infinity, positive in one row and negative in the next.
             lowest = torch.iinfo(INTEGERS[dtype.itemsize]).min
             negative = torch.arange(shape_RH[0])[:, None] % 2 * lowest
             return torch.where(
@@ -117,12 +116,12 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             return from_bits(torch.where(bits < 0, lowest - bits, bits), dtype)
         case "random_bits":
             return random_bits(shape_RH, dtype, generator)
-        case "ascending":  # all the large values in one corner
+        case "ascending":  # all large values at one end
             x = normal.sort(dim=-1).values
         case "one_large_piece":  # a strided sample sees few of the largest, or too many
             x = normal.clone()
             x[:, shape_RH[1] // 3 : shape_RH[1] // 3 + shape_RH[1] // 8 + 1] += 9
-        case "one_lane":  # ... in every 32nd group of 16 bytes: one CUDA thread has them all
+        case "one_lane":  # the largest in every 32nd group of 16 bytes: one CUDA thread has them
             group = torch.arange(shape_RH[1]) * dtype.itemsize // 16
             x = torch.where(group % 32 == 5, normal.abs() + 5, normal)
         case _:
@@ -131,14 +130,14 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
 
 
 def interesting_ks(hidden_size: int) -> list[int]:
-    """k at both ends and around the shares that models use."""
+    """Return k at both ends and around the shares that models use."""
     wanted = {1, 2, hidden_size // 32, hidden_size // 16, hidden_size // 8, hidden_size // 2,
               hidden_size - 1, hidden_size}  # fmt: skip
     return sorted(k for k in wanted if 1 <= k <= hidden_size)
 
 
 def assert_matches_reference(x: Tensor, k: int, mode: str) -> None:
-    """The op on x equals the stable-sort reference in y and in bits, bitwise."""
+    """Assert that the op on x equals the stable-sort reference bitwise, in y and in the mask."""
     y, bits = torch.ops.topk_megatron.topk_mask(x, k, mode)
     wanted_y, wanted_bits = topk_mask_reference(x, k, mode)
     case = f"H = {x.shape[-1]}, k = {k}, {mode}, {x.dtype}"

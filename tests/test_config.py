@@ -1,4 +1,4 @@
-"""Which settings are accepted, what they mean, and what a wrong one is told."""
+"""The accepted settings, their meaning, and the messages about wrong ones."""
 
 from argparse import Namespace
 from typing import Any
@@ -49,7 +49,7 @@ def test_layer_lists_are_read(text: str, layers: tuple[int, ...]) -> None:
         ("all,-6", "leaves no TopK layer in a model of 6 layers"),
     ],
 )
-def test_wrong_layer_lists_are_refused_in_words(text: str, complaint: str) -> None:
+def test_wrong_layer_lists_are_refused_with_a_reason(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_layers(text, 6)
     assert complaint in str(error.value)
@@ -82,7 +82,7 @@ def test_a_list_of_numbers_comes_back_sorted(layers: set[int]) -> None:
         ({"site": "both", "mlp_k": 0}, "--topk-mlp-k must be at least 1, got 0"),
         ({"site": "both", "mlp_k": 8, "mlp_groups": 3}, "must divide --topk-mlp-k 8"),
         ({"site": "both", "mlp_k": 8, "mlp_groups": 0}, "must divide --topk-mlp-k 8"),
-        ({"site": "mlp", "mlp_k": 8, "anneal": "linear", "anneal_end": 5}, "leaves dense"),
+        ({"site": "mlp", "mlp_k": 8, "anneal": "linear", "anneal_end": 5}, "leaves that stream"),
     ],
 )
 def test_wrong_settings_say_what_to_change(changes: dict[str, object], complaint: str) -> None:
@@ -91,14 +91,14 @@ def test_wrong_settings_say_what_to_change(changes: dict[str, object], complaint
     assert complaint in str(error.value)
 
 
-def test_settings_survive_the_way_through_a_checkpoint() -> None:
+def test_settings_survive_a_checkpoint() -> None:
     original = config(mode="abs", anneal="cosine", anneal_begin=3, anneal_end=9)
     assert TopKConfig.from_dict(original.to_dict()) == original
-    of_the_mlp = config(site="both", mlp_k=8, mlp_groups=2)
-    assert TopKConfig.from_dict(of_the_mlp.to_dict()) == of_the_mlp
+    with_mlp = config(site="both", mlp_k=8, mlp_groups=2)
+    assert TopKConfig.from_dict(with_mlp.to_dict()) == with_mlp
 
 
-def test_settings_from_before_the_mlp_site_are_of_the_residual_site() -> None:
+def test_settings_from_before_the_mlp_site_mean_the_residual_site() -> None:
     settings = config(mode="abs").to_dict()
     for name in ("site", "mlp_k", "mlp_groups"):
         del settings[name]
@@ -152,11 +152,11 @@ def test_defaults_are_a_sixteenth_of_the_neurons_at_all_but_two_layers() -> None
         ({"train_iters": 100}, 0),
     ],
 )
-def test_annealing_ends_half_way_unless_told_otherwise(chosen: dict[str, Any], end: int) -> None:
+def test_annealing_ends_halfway_by_default(chosen: dict[str, Any], end: int) -> None:
     assert from_flags(**chosen).anneal_end == end
 
 
-def test_annealing_that_would_begin_after_the_training_is_refused() -> None:
+def test_annealing_that_would_begin_after_training_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be below --train-iters 100, got 100"):
         from_flags(anneal="linear", anneal_begin=100, train_iters=100)
 
@@ -176,7 +176,7 @@ KINDS = ("linear", "cosine", "exponential")
     begin=st.integers(0, 50),
     length=st.integers(1, 50),
 )
-def test_k_goes_from_start_to_end_without_turning_back(
+def test_k_moves_from_start_to_end_without_turning_back(
     kind: str, start: int, k: int, begin: int, length: int
 ) -> None:
     end = begin + length
@@ -187,7 +187,7 @@ def test_k_goes_from_start_to_end_without_turning_back(
     assert ks == sorted(ks, reverse=start > k)
 
 
-def test_k_half_way_is_that_of_the_formula() -> None:
+def test_k_halfway_follows_the_formula() -> None:
     half = {"anneal_begin": 0, "anneal_end": 10, "k": 16}
     assert k_at(config(anneal="linear", **half), 5) == (256 + 16) // 2
     assert k_at(config(anneal="cosine", **half), 5) == (256 + 16) // 2

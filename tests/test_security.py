@@ -1,4 +1,4 @@
-"""docs/security.md, held against the tree: what is unpickled, run and listened on."""
+"""Checks docs/security.md against the tree: what is unpickled, what is run and what listens."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ import pytest
 from tests.harness.launch import REPOSITORY
 
 SHIPPED = ("topk_megatron", "tools", "examples", "benchmarks", "docker", "scripts")
-# The one place that opens pickles of others, through an allow list of classes.
+# The only file that opens foreign pickles, through an allow list of classes.
 UNPICKLES = "topk_megatron/checkpoint/pickles.py"
-# Where an exported folder's own code is run, in a command whose user names the folder.
+# The files that run the code of an exported folder, in a command whose user names the folder.
 RUNS_MODEL_CODE = {"topk_megatron/hf/model.py"}
 MODULES_THAT_UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -28,14 +28,14 @@ def name_of(path: Path) -> str:
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Every call of a file with its dotted name."""
+    """Yield every call in a file with its dotted name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
 def keyword(call: ast.Call, name: str) -> object:
-    """A constant keyword's value; None if it is not there, Ellipsis if it is computed."""
+    """Return a constant keyword's value, None if it is absent, or Ellipsis if it is computed."""
     for given in call.keywords:
         if given.arg == name:
             return given.value.value if isinstance(given.value, ast.Constant) else ...
@@ -63,21 +63,21 @@ def test_only_the_allow_list_opens_pickles() -> None:
                 assert node.module.split(".")[0] not in MODULES_THAT_UNPICKLE, place
             elif isinstance(node, ast.Attribute):
                 base = ast.unparse(node.value).split(".")[0]
-                # The name of the error is all that others may use of these modules.
+                # Other files may use only the name of the error from these modules.
                 assert base not in MODULES_THAT_UNPICKLE or node.attr == "UnpicklingError", place
-                # Calls of torch and Megatron that unpickle an index or the objects freely.
+                # These calls of torch and Megatron unpickle an index or the objects freely.
                 assert node.attr not in ("read_metadata", "load_common_state_dict"), place
 
 
 def test_megatrons_loader_runs_only_behind_the_check_of_objects() -> None:
-    """It unpickles freely, so that `open_resume` must have checked the checkpoint before."""
+    """It unpickles freely, so `open_resume` must check the checkpoint first."""
     calling = {
         name_of(path)
         for path in sources()
         for name, _ in calls(path)
         if name.split(".")[-1] in ("load_checkpoint", "load_tensors_metadata")
     }
-    # DeepSpeed's own is named as trusted in docs/security.md.
+    # docs/security.md names DeepSpeed's own loader as trusted.
     assert calling == {"topk_megatron/train/sample.py", "examples/deepspeed/train.py"}
     sample = (REPOSITORY / "topk_megatron" / "train" / "sample.py").read_text()
     assert sample.index("= parse(device") < sample.index("load_checkpoint([model]")
@@ -117,7 +117,7 @@ def test_model_code_is_run_only_where_the_documentation_says() -> None:
 
 
 def code_of(path: Path) -> str:
-    """A file without its strings of several lines (documentation, templates)."""
+    """Return a file's text without its multi-line strings (documentation, templates)."""
     return re.sub(r'"""[\s\S]*?"""', "", path.read_text())
 
 
@@ -133,7 +133,7 @@ def test_nothing_listens_to_other_machines_unless_told_to() -> None:
         if name == "tests/test_security.py" or path.suffix == ".png" or not path.is_file():
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            # In a container it is the way in from the host, and published to localhost only.
+            # In a container this is the way in from the host, and published to localhost only.
             inside = "127.0.0.1:8765:8765" in line or "inside the container" in line
             assert inside or not everywhere.search(line), f"{name}:{number}: {line.strip()}"
 

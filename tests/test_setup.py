@@ -1,4 +1,4 @@
-"""scripts/setup.sh on machines with odd Pythons, with stand-ins for what it finds on PATH."""
+"""scripts/setup.sh on machines with odd Pythons, with fake commands first on PATH."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ from tests.harness.launch import REPOSITORY
 CONSTRAINTS = ("constraints.txt", "constraints-transformers-4.txt")
 pytestmark = pytest.mark.skipif(
     any(Path(folder, "python3.12").exists() for folder in ("/usr/bin", "/bin")),
-    reason="the system itself has Python 3.12, so that a machine without one cannot be played",
+    reason="the system itself has Python 3.12, so a machine without it cannot be simulated",
 )
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A copy of what setup.sh reads, and an empty folder that comes first on PATH."""
+    """A copy of the files that setup.sh reads, and an empty folder that comes first on PATH."""
     (tmp_path / "bin").mkdir()
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
@@ -49,7 +49,7 @@ def test_without_any_python_it_says_what_is_missing(machine: Path) -> None:
     assert "uv" in done.stderr
 
 
-def test_a_shim_that_fails_and_an_old_python_are_passed_over_for_uv(machine: Path) -> None:
+def test_uv_is_preferred_to_a_failing_shim_and_an_old_python(machine: Path) -> None:
     command(machine, "python3.12", "echo 'pyenv: python3.12: command not found' >&2; exit 127")
     command(machine, "python3.13", "exit 1")
     command(machine, "uv", f'echo "$@" > {machine}/uv-was-asked; exit 7')

@@ -1,4 +1,4 @@
-"""What every command line shares."""
+"""Error handling that every command line shares."""
 
 import functools
 import os
@@ -13,11 +13,11 @@ _PATIENCE_SECONDS = 10
 
 
 def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
-    """Print a user's mistake as one line and exit with 2; a lost rank likewise, with 1.
+    """Print a user's mistake as one line and exit with 2; for a lost rank, exit with 1.
 
-    Most mistakes are met by every rank: rank 0 speaks and the others wait, so that torchrun does
-    not end rank 0 before it has spoken. Only a rank that is still alive after that has an error of
-    its own to tell.
+    Every rank meets most mistakes. Rank 0 reports them while the others wait, so that torchrun does
+    not end rank 0 before it has printed. A rank that is still alive after the wait reports an error
+    of its own.
     """
 
     @functools.wraps(main)
@@ -32,7 +32,7 @@ def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR)
         except TransportError as error:
-            # At once: every other rank that is alive waits for this one.
+            # Without delay: every other rank that is alive waits for this one.
             print(
                 f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True
             )

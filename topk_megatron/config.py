@@ -1,8 +1,9 @@
-"""`TopKConfig`: which layers pass a TopK, how many neurons survive, and how k anneals.
+"""`TopKConfig`: which layers have a TopK, how many neurons survive, and how k anneals.
 
-Layers are counted from 0 over the whole model, whatever the pipeline layout (TopK Language Models,
-arXiv 2506.21468, section 3: the hidden state of a chosen layer keeps its k largest coordinates).
-Site ``residual`` is the paper's; site ``mlp`` puts the TopK on the MLP's activation (docs/mlp.md).
+The hidden state of a chosen layer keeps its k largest coordinates (TopK Language Models, arXiv
+2506.21468, section 3). Layers are counted from 0 over the whole model, whatever the pipeline
+layout. Site ``residual`` is the paper's; site ``mlp`` puts the TopK on the MLP's activation
+(docs/mlp.md).
 """
 
 import math
@@ -18,34 +19,35 @@ Anneal = Literal["constant", "linear", "cosine", "exponential"]
 Site = Literal["residual", "mlp", "both"]
 
 DEFAULT_LAYERS = "all,-2"
-# k where the user names none: the sparsest setting at which small models train close to dense.
+# Sets the default k: the sparsest setting at which small models train close to dense.
 DEFAULT_HIDDEN_PER_K = 16
 _MLP_FIELDS = {"site", "mlp_k", "mlp_groups"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig:
-    """Settings of the TopK of one model; validates itself.
+    """TopK settings of one model, validated on construction.
 
     Attributes:
         hidden_size: H, the model's hidden size in neurons.
-        num_layers: transformer layers of the whole model.
+        num_layers: number of transformer layers in the whole model.
         k: neurons of the residual stream that survive at each TopK layer once annealing has ended,
-            in [1, hidden_size]; not used by site ``mlp``.
+            in [1, hidden_size]. Site ``mlp`` does not use it.
         layers: sorted layer numbers, counted from 0; empty means the dense model.
-        mode: ``value`` keeps the largest values (the paper's), ``abs`` the largest magnitudes.
-        anneal: how k gets from `anneal_start_k` to `k`; ``exponential`` is linear in log k.
+        mode: ``value`` keeps the largest values, as in the paper; ``abs`` keeps the largest
+            magnitudes.
+        anneal: how k moves from `anneal_start_k` to `k`; ``exponential`` is linear in log k.
         anneal_start_k: k up to iteration `anneal_begin`.
         anneal_begin: iteration at which k begins to change.
         anneal_end: iteration from which k is final.
         site: where the chosen layers have their TopK: ``residual``, ``mlp`` or ``both``.
-        mlp_k: units of the MLP's activation that survive, over the whole ffn dimension; it does not
+        mlp_k: units of the MLP's activation that survive, over the whole FFN dimension; it does not
             anneal. None unless the site includes the MLP.
-        mlp_groups: None selects over the whole ffn dimension; G selects mlp_k / G in each of G
-            equal, contiguous groups.
+        mlp_groups: None selects over the whole FFN dimension; G selects mlp_k / G units in each of
+            G equal, contiguous groups.
 
     Raises:
-        ConfigError: a setting is out of its domain; names the flag to change.
+        ConfigError: if a setting is out of range; the message names the flag to change.
     """
 
     hidden_size: int
@@ -76,7 +78,7 @@ class TopKConfig:
         if self.site == "residual":
             if self.mlp_k is not None or self.mlp_groups is not None:
                 raise ConfigError(
-                    "--topk-mlp-k and --topk-mlp-groups are for the MLP's activation, but "
+                    "--topk-mlp-k and --topk-mlp-groups apply to the MLP's activation, but "
                     "--topk-site is residual; use --topk-site mlp or both, or drop those flags"
                 )
             return
@@ -92,8 +94,8 @@ class TopKConfig:
             )
         if self.site == "mlp" and self.anneal != "constant":
             raise ConfigError(
-                "--topk-anneal changes k of the residual stream, which --topk-site mlp leaves "
-                "dense; drop the flag, or use --topk-site both"
+                "--topk-anneal changes the residual stream's k, but --topk-site mlp leaves that "
+                "stream dense; drop the flag, or use --topk-site both"
             )
 
     def _check_anneal(self) -> None:
@@ -103,8 +105,8 @@ class TopKConfig:
         if self.anneal == "constant":
             if self.anneal_start_k is not None or self.anneal_begin or self.anneal_end:
                 raise ConfigError(
-                    "--topk-anneal is constant, but a start k, begin or end of annealing was "
-                    "given; choose linear, cosine or exponential, or drop those flags"
+                    "--topk-anneal is constant, but an annealing start k, begin or end was given; "
+                    "choose linear, cosine or exponential, or drop those flags"
                 )
             return
         if self.anneal_start_k is not None:
@@ -115,34 +117,34 @@ class TopKConfig:
             raise ConfigError(f"--topk-anneal-begin must be at least 0, got {self.anneal_begin}")
         if self.anneal_end <= self.anneal_begin:
             raise ConfigError(
-                f"the anneal of k must end after it begins: --topk-anneal-begin is "
+                f"annealing must end after it begins: --topk-anneal-begin is "
                 f"{self.anneal_begin}, --topk-anneal-end is {self.anneal_end}; raise the latter"
             )
 
     @property
     def start_k(self) -> int:
-        """k before annealing begins; the hidden size (dense) unless the user chose another."""
+        """The k before annealing begins: the hidden size (dense) unless the user chose another."""
         if self.anneal == "constant":
             return self.k
         return self.hidden_size if self.anneal_start_k is None else self.anneal_start_k
 
     @property
     def residual_layers(self) -> tuple[int, ...]:
-        """Layers whose output is sparse."""
+        """The layers whose output is sparse."""
         return () if self.site == "mlp" else self.layers
 
     @property
     def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose MLP activation is sparse."""
+        """The layers whose MLP activation is sparse."""
         return () if self.site == "residual" else self.layers
 
     @classmethod
     def from_args(cls, args: Namespace) -> "TopKConfig":
-        """Build from parsed Megatron arguments with the ``--topk-…`` group; None is the default."""
+        """Build from parsed Megatron arguments; a ``--topk-…`` flag left at None is the default."""
         k = args.topk_k
         if k is not None and args.topk_site == "mlp":
             raise ConfigError(
-                "--topk-k is for the residual stream, which --topk-site mlp leaves dense; "
+                "--topk-k applies to the residual stream, which --topk-site mlp leaves dense; "
                 "use --topk-mlp-k"
             )
         if k is None:
@@ -165,15 +167,15 @@ class TopKConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they travel in checkpoints; `from_dict` is the inverse."""
+        """Return plain values, as checkpoints store them; `from_dict` is the inverse."""
         return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "TopKConfig":
         """Rebuild from a checkpoint's settings; a missing or unknown setting is an error.
 
-        Settings written before there was an MLP site lack exactly its three entries, and are of
-        the residual site.
+        Settings written before the MLP site existed lack exactly its three entries; their site is
+        ``residual``.
         """
         known = set(cls.__dataclass_fields__)
         if set(settings) == known - _MLP_FIELDS:
@@ -185,16 +187,17 @@ class TopKConfig:
 
 
 def k_at(config: TopKConfig, iteration: int) -> int:
-    """Neurons kept at each TopK layer in the step numbered `iteration`, counted from 0.
+    """Return the k of the step numbered `iteration`, counted from 0.
 
-    Before ``anneal_begin`` k is the start k, from ``anneal_end`` on it is k, and between the two,
-    with p = (iteration - begin) / (end - begin):
+    Up to ``anneal_begin`` this is the start k, and from ``anneal_end`` on the final k. In between,
+    with p = (iteration - begin) / (end - begin), it is
 
         linear       k_start + p (k - k_start)
         cosine       k + (k_start - k) (1 + cos(pi p)) / 2
         exponential  k_start (k / k_start)^p        (linear in log k)
 
-    rounded to the nearest integer. A pure function, so that a resumed run continues where it was.
+    rounded to the nearest integer. The function is pure, so that a resumed run continues where it
+    stopped.
     """
     start = config.start_k
     if config.anneal == "constant" or iteration >= config.anneal_end:
@@ -212,12 +215,13 @@ def k_at(config: TopKConfig, iteration: int) -> int:
 
 
 def anneal_end_of(args: Namespace) -> int:
-    """``--topk-anneal-end``, or half of the way from the begin of annealing to the end of training.
+    """Return ``--topk-anneal-end``, or halfway from the start of annealing to the end of training.
 
-    It is 0 where k is constant and no end is given.
+    The result is 0 where k is constant and no end is given.
 
     Raises:
-        ConfigError: training's length is not given in iterations, or ends before annealing begins.
+        ConfigError: if the length of training is not given in iterations, or training ends before
+            annealing begins.
     """
     if args.topk_anneal_end is not None:
         return args.topk_anneal_end
@@ -240,14 +244,14 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     Args:
         text: comma-separated layer numbers and inclusive ranges, counted from 0. ``all,-N`` is
             every layer but the last N.
-        num_layers: transformer layers of the whole model.
+        num_layers: number of transformer layers in the whole model.
 
     Returns:
         Sorted layer numbers.
 
     Raises:
-        ConfigError: not a layer list, a layer out of range or listed twice, or a list that comes
-            out empty without saying ``none``.
+        ConfigError: if the text is not a layer list, a layer is out of range or listed twice, or
+            the list is empty without saying ``none``.
     """
     text = text.replace(" ", "")
     if text == "none":
@@ -257,7 +261,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         if dropped >= num_layers:
             raise ConfigError(
                 f"--topk-layers {text} leaves no TopK layer in a model of {num_layers} layers; "
-                "name the layers, or say none for the dense model"
+                "list the layers, or give none for the dense model"
             )
         return tuple(range(num_layers - dropped))
     layers: list[int] = []
@@ -266,12 +270,12 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         if match is None:
             raise ConfigError(
                 f"--topk-layers takes numbers and ranges such as 0-9 or 0,2,5, or all, all,-2 or "
-                f"none; got {part!r} in {text!r}"
+                f"none, got {part!r} in {text!r}"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ConfigError(f"--topk-layers: the range {part} runs backwards")
-        # Checked before the range is built: 0-99999999999 must not fill the memory.
+        # The check precedes the range, so that 0-99999999999 does not fill the memory.
         _check_layers((first, last) if last > first else (first,), num_layers)
         layers.extend(range(first, last + 1))
     return _check_layers(tuple(sorted(layers)), num_layers)

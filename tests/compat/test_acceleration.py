@@ -1,7 +1,7 @@
-"""Transformer Engine and Apex: chosen when they are here, asked for in words when they are not.
+"""Transformer Engine and Apex are used if they are installed, and missing ones are named.
 
-No GPU is needed: the packages are folders made here, which is as far as this can be tried without
-one. What they compute is for tests/gpu.
+These tests need no GPU: they make the packages as empty folders. tests/gpu tests what the real
+packages compute.
 """
 
 import os
@@ -40,7 +40,7 @@ def arguments(**changes: object) -> Namespace:
 
 
 def python(code: str, path: Path) -> "subprocess.CompletedProcess[str]":
-    """Run code with `path` in front of everything that Python finds packages in."""
+    """Run code with `path` first on Python's search path."""
     search = os.pathsep.join([str(path), str(REPOSITORY)])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -58,7 +58,7 @@ def package(path: Path, *modules: str) -> None:
         (path / name / "__init__.py").touch()
 
 
-def test_nothing_is_changed_where_everything_is_there() -> None:
+def test_nothing_changes_if_everything_is_installed() -> None:
     assert gpu_defaults(NGC_IMAGE) == {}
 
 
@@ -69,7 +69,7 @@ def test_without_either_megatron_uses_its_own_layers_and_plain_accumulation() ->
     assert defaults["gradient_accumulation_fusion"] is False
 
 
-def test_transformer_engine_from_pypi_goes_without_apex_fusion() -> None:
+def test_transformer_engine_from_pypi_runs_without_apex_fusion() -> None:
     assert gpu_defaults(PIP) == {"gradient_accumulation_fusion": False}
 
 
@@ -98,7 +98,7 @@ def test_fp8_passes_with_transformer_engine_and_is_refused_with_local_layers() -
         check_accelerators(arguments(fp8="hybrid", transformer_impl="local"), PIP)
 
 
-def test_what_runs_is_said_in_one_line() -> None:
+def test_one_line_says_what_runs() -> None:
     assert "Transformer Engine 2.9.0; NVIDIA Apex; gradient accumulation fused" in describe(
         NGC_IMAGE, arguments()
     )
@@ -113,7 +113,7 @@ FOUND = """
 """
 
 
-def test_packages_are_found_as_they_lie_on_disk(tmp_path: Path) -> None:
+def test_packages_on_disk_are_found(tmp_path: Path) -> None:
     package(tmp_path, "transformer_engine", "transformer_engine/pytorch")
     (tmp_path / "transformer_engine/__init__.py").write_text("__version__ = '2.8.0'\n")
     package(tmp_path, "apex", "apex/multi_tensor_apply", "apex/normalization", "apex/optimizers")
@@ -131,7 +131,7 @@ def test_a_transformer_engine_without_its_torch_part_is_broken_not_present(tmp_p
     )
 
 
-def test_pypis_apex_is_named_as_the_wrong_package_before_megatron_meets_it(tmp_path: Path) -> None:
+def test_pypis_apex_is_named_as_the_wrong_package_before_megatron_runs(tmp_path: Path) -> None:
     package(tmp_path, "apex", "apex/lib")  # as PyPI's 0.9.10.dev0 is laid out
     done = subprocess.run(
         [sys.executable, "pretrain_topk_gpt.py"],
@@ -148,7 +148,7 @@ def test_pypis_apex_is_named_as_the_wrong_package_before_megatron_meets_it(tmp_p
     assert "pip uninstall apex" in line
 
 
-def test_a_clone_of_apex_in_the_working_folder_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_clone_of_apex_in_the_working_folder_is_not_mistaken_for_it(tmp_path: Path) -> None:
     (tmp_path / "apex" / "csrc").mkdir(parents=True)
     done = python(
         "from topk_megatron.compat.accelerators import check_apex; check_apex()", tmp_path

@@ -1,4 +1,4 @@
-"""The CPU layer, each case in a process of its own: it patches torch for good."""
+"""The CPU layer, each case in its own process, because the layer patches torch for good."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_cuda_factories_and_moves_land_on_the_cpu() -> None:
     )
 
 
-def test_tensor_types_answer_as_megatron_asks() -> None:
+def test_tensor_types_are_those_that_megatron_expects() -> None:
     passes(
         """
         import torch
@@ -141,8 +141,8 @@ def moves():
 """
 
 
-def test_other_libraries_see_the_machine_as_it_is(tmp_path: Path) -> None:
-    """A module that is neither Megatron's nor ours must not choose a device that is not there."""
+def test_other_libraries_see_no_cuda_device(tmp_path: Path) -> None:
+    """A module that is neither Megatron's nor ours must not choose a device that is missing."""
     (tmp_path / "somebody.py").write_text(OTHER_LIBRARY)
     passes(
         f"""
@@ -173,7 +173,7 @@ def test_tensors_follow_a_device_context() -> None:
 
 
 def test_transformers_fills_the_buffers_of_a_model_that_it_loads(tmp_path: Path) -> None:
-    """It builds on the meta device; with memory in its place, RoPE's frequencies were garbage."""
+    """It builds on the meta device; in uninitialised memory, RoPE's frequencies were garbage."""
     passes(
         f"""
         prepare_device()

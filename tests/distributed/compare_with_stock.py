@@ -1,7 +1,7 @@
-"""Trains Megatron's stock GPT model and the TopK one side by side; writes what was equal.
+"""Trains Megatron's stock GPT model and the TopK model side by side, and reports equality.
 
-An entry for `tests.harness.launch.pretrain`. The stock model is built by Megatron's builder
-from Megatron's spec; both get the same weights, batches and SGD steps.
+An entry for `tests.harness.launch.pretrain`. Megatron's builder builds the stock model from
+Megatron's spec. Both models get the same weights, batches and SGD steps.
 """
 
 import json
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 def batches(args: Any) -> list[tuple[torch.Tensor, ...]]:
-    """Token ids of random documents: tokens, positions, mask, labels."""
+    """Make batches of random token ids: tokens, positions, mask and labels."""
     generator = torch.Generator().manual_seed(1)
     length = args.seq_length
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
@@ -31,7 +31,7 @@ def batches(args: Any) -> list[tuple[torch.Tensor, ...]]:
 
 
 def step(model: Any, batch: tuple[torch.Tensor, ...]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one batch, then a step of gradient descent."""
+    """Take one step of gradient descent, and return its loss and gradients."""
     model.zero_grad(set_to_none=True)
     tokens, positions, mask, labels = batch
     loss = model(tokens, positions, mask, labels=labels).mean()
@@ -44,7 +44,7 @@ def step(model: Any, batch: tuple[torch.Tensor, ...]) -> tuple[float, dict[str, 
 
 
 def compare(stock: Any, topk: Any, batch: tuple[torch.Tensor, ...]) -> dict[str, bool]:
-    """One step of both models."""
+    """Take one step with both models, and report whether losses and gradients are equal."""
     loss, gradients = step(stock, batch)
     other_loss, other = step(topk, batch)
     assert gradients.keys() == other.keys()

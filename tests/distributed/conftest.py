@@ -1,4 +1,4 @@
-"""A tiny model on real text, and its initial weights that every layout starts from."""
+"""A tiny model on real text, and the initial weights from which every layout starts."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TOPK = ["--topk-k", "8", "--topk-layers", "0-2"]
 
 @pytest.fixture(scope="session")
 def flags(dataset: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Model, data and training flags; tests add the layout."""
+    """Flags of the model, the data and the training; tests add the layout."""
     cache = tmp_path_factory.mktemp("index-cache")
     data = ["--data-path", str(dataset), "--data-cache-path", str(cache), "--num-workers", "0"]
     text = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
@@ -20,10 +20,10 @@ def flags(dataset: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def initial(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of untrained weights, as one rank initialises them.
+    """A checkpoint of untrained weights, initialised by one rank.
 
-    Megatron draws other initial weights for other layouts (each pipeline stage has a seed of its
-    own), so that layouts are comparable only from a common checkpoint. One step at learning rate 0
+    Megatron draws different initial weights for different layouts (each pipeline stage has its own
+    seed), so layouts are comparable only from a common checkpoint. One step at learning rate 0
     changes no weight.
     """
     directory = tmp_path_factory.mktemp("initial")
@@ -35,7 +35,7 @@ def initial(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def single_rank(flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Twenty steps of one rank: what every layout is compared with."""
+    """Twenty steps of one rank, with which every layout is compared."""
     run = pretrain(
         1,
         *flags,

@@ -1,8 +1,8 @@
 """Pretraining in which one rank meets a fault before a chosen step.
 
-An entry for `tests.harness.launch.pretrain`. TOPK_FAULT is RANK:ITERATION:WHAT, where WHAT
-is ``kill`` (the rank ends by -9, in the first life of the job only), ``nan`` (its loss is NaN) or
-``signal`` (it alone gets SIGTERM). TOPK_FAULT_STEP_SECONDS slows every step down.
+An entry for `tests.harness.launch.pretrain`. TOPK_FAULT is RANK:ITERATION:WHAT, where WHAT is
+``kill`` (kill -9 ends the rank, but only before the job's first restart), ``nan`` (its loss is NaN)
+or ``signal`` (it alone gets SIGTERM). TOPK_FAULT_STEP_SECONDS slows every step down.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Pretraining that is killed with -9, all ranks and the launcher, at a chosen point of a save.
+"""Pretraining whose ranks and launcher are all killed with -9 at a chosen point of a save.
 
-An entry for `tests.harness.launch.pretrain`. TOPK_KILL_AT names the point, TOPK_KILL_SAVE
-the iteration whose save is hit.
+An entry for `tests.harness.launch.pretrain`. TOPK_KILL_AT names the point, and TOPK_KILL_SAVE the
+iteration whose save is hit.
 """
 
 import os
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _kill_in(owner: Any, name: str, doomed: str) -> None:
-    """Kill instead of calling `owner.name`, when it is about the doomed checkpoint."""
+    """Kill the job instead of calling `owner.name` on the doomed checkpoint."""
     original = getattr(owner, name)
 
     def hit(*args: Any, **kwargs: Any) -> Any:

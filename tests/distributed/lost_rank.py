@@ -1,6 +1,6 @@
-"""Pretraining in which rank 1 is killed with -9 while it sends its n-th message.
+"""Pretraining in which rank 1 is killed with -9 just before it sends its n-th gradient.
 
-An entry for real ranks; TOPK_KILL_MESSAGE is n. Half of the message is on its way.
+An entry for real ranks; TOPK_KILL_MESSAGE is n.
 """
 
 import os

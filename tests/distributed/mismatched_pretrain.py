@@ -1,4 +1,4 @@
-"""Pretraining whose rank 1 is started with another k, as a stale launch script would.
+"""Pretraining whose rank 1 starts with a different k, as from a stale launch script.
 
 An entry for `tests.harness.launch.pretrain`.
 """
@@ -12,7 +12,7 @@ from topk_megatron.compat import prepare_device
 
 @exit_on_user_error
 def main() -> None:
-    """Train, or rather find out."""
+    """Try to train."""
     device = prepare_device()
     if os.environ["RANK"] == "1":
         sys.argv[sys.argv.index("--topk-k") + 1] = "7"

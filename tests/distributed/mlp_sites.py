@@ -1,7 +1,7 @@
-"""Compares Megatron MLPs that have a TopK with the formula of docs/mlp.md on whole weights.
+"""Compares Megatron's MLPs with a TopK to the formula of docs/mlp.md on whole weights.
 
-An entry for `tests.harness.launch.pretrain` with two tensor-parallel ranks. Every case
-builds one of Megatron's MLPs, gathers its weights, and computes the same by definition.
+An entry for `tests.harness.launch.pretrain` with two tensor-parallel ranks. Every case builds one
+of Megatron's MLPs, gathers its weights, and computes the result by definition.
 """
 
 import json
@@ -22,14 +22,14 @@ HIDDEN, WIDTH, TOKENS = 32, 48, 10
 
 
 def whole(part: Tensor, group: Any, dim: int) -> Tensor:
-    """All ranks' parts of a weight or activation, in rank order."""
+    """Gather all ranks' parts of a weight or activation, in rank order."""
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.detach().contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
 
 def activation_by_definition(mlp: Any, x: Tensor) -> Tensor:
-    """The whole activation before the TopK: [tokens, F]."""
+    """Compute the whole activation before the TopK: [tokens, F]."""
     weight, bias = mlp.linear_fc1.weight, mlp.linear_fc1.bias
     pre = x @ weight.T if bias is None else x @ weight.T + bias
     if mlp.config.gated_linear_unit:
@@ -39,7 +39,7 @@ def activation_by_definition(mlp: Any, x: Tensor) -> Tensor:
 
 
 def select(activation: Tensor, config: Any) -> Tensor:
-    """TopK by its reference."""
+    """Select by the reference of the TopK."""
     groups = config.mlp_groups or 1
     parts = activation.chunk(groups, dim=-1)
     return torch.cat(
@@ -48,7 +48,7 @@ def select(activation: Tensor, config: Any) -> Tensor:
 
 
 def compare(mlp: Any, topk: Any, x: Tensor, weights: Tensor | None) -> dict[str, Any]:
-    """Run the MLP and the definition; both results and the bytes of the exchange."""
+    """Compare the MLP with the definition, and count the bytes exchanged."""
     seen: list[Tensor] = []
     handle = mlp.topk.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
     with torch.no_grad(), counted_traffic() as traffic:
@@ -58,7 +58,7 @@ def compare(mlp: Any, topk: Any, x: Tensor, weights: Tensor | None) -> dict[str,
     fc2 = mlp.linear_fc2
     if weights is None:
         wanted = selected @ whole(fc2.weight, mlp.tp_group, 1).T
-    else:  # the sum over ranks of an expert's outputs is the token dispatcher's business
+    else:  # the token dispatcher, not the expert, sums an expert's outputs over ranks
         part = selected.chunk(mlp.tp_group.size(), dim=-1)[mlp.tp_group.rank()]
         wanted = (part * weights.unsqueeze(-1)) @ fc2.weight.T
         if fc2.bias is not None:
@@ -72,7 +72,7 @@ def compare(mlp: Any, topk: Any, x: Tensor, weights: Tensor | None) -> dict[str,
 
 
 def build(args: Any, gated: bool, biased: bool, expert: bool) -> Any:
-    """One of Megatron's MLPs, as its own specs would."""
+    """Build one of Megatron's MLPs, as its own specs would."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -99,7 +99,7 @@ def build(args: Any, gated: bool, biased: bool, expert: bool) -> Any:
 
 
 def main() -> None:
-    """Every kind of MLP with every kind of selection."""
+    """Compare every kind of MLP with every kind of selection."""
     device = prepare_device()
     from megatron.training.initialize import initialize_megatron
 

@@ -1,8 +1,8 @@
-"""A model that Megatron builds, its checkpoint, and the logits that Megatron computes; one process.
+"""Builds and saves a model with Megatron, and computes Megatron's logits, in one process.
 
-An entry with Megatron's flags. Without ``--load`` the weights are Megatron's initial ones, moved a
-little so that no norm, bias or expert is at its starting value. TOPK_LOGITS names a file for tokens
-and logits.
+An entry with Megatron's flags. Without ``--load`` the weights are Megatron's initial ones plus a
+little noise, so that no norm, bias or expert has its initial value. TOPK_LOGITS names the file for
+tokens and logits.
 """
 
 import os
@@ -19,7 +19,7 @@ ROWS, LENGTH = 4, 64
 
 @exit_on_user_error
 def main() -> None:
-    """Build, save, compute."""
+    """Build or load the model, and compute the logits."""
     device = prepare_device()
     from megatron.training import get_tokenizer
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint

@@ -13,7 +13,7 @@ from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 
 class ReferenceTopK(torch.autograd.Function):
-    """The definition, forward and backward, with nothing of the kernel in it."""
+    """The operator's definition, forward and backward, without the kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int, mode: str) -> Tensor:
@@ -29,7 +29,7 @@ class ReferenceTopK(torch.autograd.Function):
 
 
 def main() -> None:
-    """Train as always, but for the operator."""
+    """Train with the definition in place of the operator."""
     device = prepare_device()
     from topk_megatron.model import runtime
     from topk_megatron.train.main import run

@@ -1,4 +1,4 @@
-"""A wrong command ends in one clear line, before any training and without a traceback of ours."""
+"""A wrong command ends with one clear line, before any training and without our traceback."""
 
 import json
 from pathlib import Path
@@ -42,11 +42,11 @@ CASES = {
     "empty-layers": ("--topk-layers=", "--topk-layers takes numbers and ranges"),
     "finetune-from-nowhere": (
         "--load /no/such/place --finetune",
-        "--finetune needs a checkpoint, and /no/such/place holds none",
+        "--finetune needs a checkpoint, but /no/such/place holds no complete one",
     ),
     "other-checkpoint-format": (
         "--ckpt-format torch --save /tmp/never-made",
-        "--ckpt-format torch does not carry the TopK settings",
+        "--ckpt-format torch does not store the TopK settings",
     ),
     "log-interval-of-zero": ("--log-interval 0", "--log-interval must be at least 1"),
     "megatrons-own-checks": (
@@ -68,7 +68,7 @@ def test_wrong_command_is_one_clear_line(name: str, flags: list[str]) -> None:
 def check_refusal(run: Run, complaint: str) -> None:
     assert run.returncode != 0
     assert complaint in run.error_line()
-    # torchrun reports the failed rank in its own words; the rank itself must not trace back.
+    # torchrun reports the failed rank itself; the rank must not print a traceback.
     assert "[rank0]" not in run.output
     assert f"{REPOSITORY}/topk_megatron/train" not in run.output
     assert "before the start of training step" not in run.output

@@ -1,4 +1,4 @@
-"""Resuming, reloading in another layout, kills in the middle of a save, and refusals."""
+"""Resuming, reloading in another layout, kills during a save, and refusals."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def saving(directory: Path, interval: int = 10) -> list[str]:
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(
     flags: list[str], tmp_path: Path
 ) -> None:
-    # Dropout is on, so that the state of the random generators has to come back too.
+    # Dropout is on, so that the states of the random generators must be restored too.
     settings = [*flags, *TOPK, *ANNEAL, "--hidden-dropout", "0.1"]
     whole = succeeded(pretrain(1, *settings, tensorboard=tmp_path / "whole"))
     save = saving(tmp_path / "checkpoint")
@@ -82,7 +82,7 @@ def test_killed_during_a_save_resumes_from_the_last_complete_checkpoint(
         environment={"TOPK_KILL_AT": point, "TOPK_KILL_SAVE": "10"},
     )
     assert killed.returncode != 0
-    # The third save was whole but for its tracker; the others leave iteration 5 as the last.
+    # At the last point the save is complete except for the tracker; otherwise iteration 5 is last.
     survivor = 10 if point == "tracker-truncated" else 5
     assert is_complete(directory / "iter_0000010") == (survivor == 10)
     tracked = (directory / TRACKER).read_text()
@@ -128,7 +128,7 @@ class TestSettingsOfTheCheckpoint:
     ) -> None:
         change = ["--topk-k", "4", "--topk-layers", "0-2", "--topk-override"]
         run = succeeded(pretrain(1, *flags, *change, "--load", tp2_checkpoint))
-        assert "TopK settings change" in run.output
+        assert "TopK settings differ from" in run.output
         assert "k is 8 in the checkpoint, 4 here" in run.output
         assert "k: 4 of 64" in run.output
 
@@ -152,7 +152,7 @@ class TestSettingsOfTheCheckpoint:
             *("--input", f"{corpus}/*.txt", "--output", other, "--vocab-size", "600"),
         )
         assert made.returncode == 0, made.stderr
-        # Data without a manifest, which would tell of the mistake before the checkpoint does.
+        # Data without a manifest, which would reveal the mistake before the checkpoint does.
         for suffix in (".bin", ".idx"):
             (tmp_path / f"text{suffix}").symlink_to(f"{dataset}{suffix}")
         change = ["--tokenizer-model", str(other), "--data-path", str(tmp_path / "text")]

@@ -1,4 +1,4 @@
-"""Megatron's logits against the exported model's, layouts against each other, and the way back."""
+"""Exports have Megatron's logits, all layouts export the same files, and the way back is exact."""
 
 import filecmp
 import json
@@ -22,7 +22,7 @@ from topk_megatron.hf.trajectory import export_trajectory
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# float32 sums in another order; logits are of size 1 to 4.
+# The two add float32 numbers in a different order; logits are 1 to 4 in size.
 TOLERANCE = 1e-5
 _SHAPE = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64"
 _LLAMA = "--normalization RMSNorm --swiglu --disable-bias-linear"
@@ -66,7 +66,7 @@ def run(command: list[Any], **environment: str) -> None:
 
 
 def megatron_logits(file: Path, tokenizer: Path, *flags: str | Path) -> tuple[Tensor, Tensor]:
-    """Tokens [b, s] and Megatron's logits [b, s, vocabulary]."""
+    """Return tokens [b, s] and Megatron's logits [b, s, vocabulary]."""
     base = f"{_SHAPE} --max-position-embeddings 64 --position-embedding-type rope"
     training = "--micro-batch-size 2 --mock-data --train-iters 1 --lr 1e-3 --eval-iters 0"
     script = Path(__file__).with_name("reference_logits.py")
@@ -77,7 +77,7 @@ def megatron_logits(file: Path, tokenizer: Path, *flags: str | Path) -> tuple[Te
 
 
 def hugging_face_logits(folder: Path, megatron: Path) -> Tensor:
-    """Of the tokens in a file of `megatron_logits`; in a process without our CPU layer."""
+    """Compute logits of the tokens in a `megatron_logits` file, in a process without CPU layer."""
     output = megatron.with_suffix(".hf")
     run([sys.executable, "-c", _HF_LOGITS, folder, megatron, output])
     return torch.load(output)
@@ -85,7 +85,7 @@ def hugging_face_logits(folder: Path, megatron: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint, what Megatron makes of it, and its exported folder."""
+    """A checkpoint, Megatron's logits and the exported folder."""
 
     checkpoint: Path
     logits: Path
@@ -105,7 +105,7 @@ def reference(
     return made
 
 
-def test_exported_model_gives_megatrons_logits(reference: Reference) -> None:
+def test_exported_model_has_megatrons_logits(reference: Reference) -> None:
     _, expected = torch.load(reference.logits)
     got = hugging_face_logits(reference.folder, reference.logits)
     assert got.shape == expected.shape
@@ -114,7 +114,7 @@ def test_exported_model_gives_megatrons_logits(reference: Reference) -> None:
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint but the optimizer's."""
+    """Read every tensor of a checkpoint except the optimizer's."""
     reader = CheckpointReader(directory)
     return {k: reader.read(k) for k in reader.tensors if not k.startswith("optimizer")}
 
@@ -135,7 +135,7 @@ def test_way_back_is_bitwise_with_the_same_keys(reference: Reference, tmp_path: 
     assert same
 
 
-# What every layout saves from one common checkpoint: a step at learning rate 0 changes no weight.
+# With these flags every layout saves the weights of one checkpoint: learning rate 0 changes none.
 STILL = "--finetune --train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --save-interval 1"
 LAYOUTS = {
     "one rank": (1, ""),
@@ -150,7 +150,7 @@ LAYOUTS = {
 def layouts(
     flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The same weights, as each layout writes them."""
+    """Checkpoints of the same weights, one written by each layout."""
     saved = {}
     for name, (ranks, layout) in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("layout")
@@ -204,7 +204,7 @@ def test_trajectory_lists_every_iteration_and_stores_equal_files_once(
     assert manifest == {
         "format_version": 1,
         "revisions": [
-            # k of the last step: 64 - (64 - 8) / 3, then the final 8.
+            # The k of the last step: 64 - (64 - 8) / 3, then the final 8.
             {"name": "iter_0000002", "iteration": 2, "tokens_seen": 2 * 8 * 64, "k": 45},
             {"name": "iter_0000004", "iteration": 4, "tokens_seen": 4 * 8 * 64, "k": 8},
         ],
@@ -238,7 +238,7 @@ AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 @pytest.fixture(params=FAMILIES)
 def dense(request: pytest.FixtureRequest, layout_folder: Path, tmp_path: Path) -> Path:
-    """A dense model as transformers saves it, with the suite's tokenizer."""
+    """A dense model saved by transformers, with the suite's tokenizer."""
     changes = json.dumps(FAMILIES[request.param])
     folder = tmp_path / "dense"
     run([sys.executable, "-c", _MAKE_DENSE, request.param, folder, layout_folder, changes])
@@ -247,13 +247,13 @@ def dense(request: pytest.FixtureRequest, layout_folder: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def layout_folder(initial: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported folder, whose tokenizer others borrow."""
+    """An exported folder; other models borrow its tokenizer."""
     folder = tmp_path_factory.mktemp("borrowed") / "hf"
     export_checkpoint(initial, folder, ExportSettings())
     return folder
 
 
-def test_dense_model_has_its_logits_at_full_k_and_trains_on_as_a_topk_model(
+def test_dense_model_keeps_its_logits_at_full_k_and_continues_as_a_topk_model(
     dense: Path, flags: list[str], tokenizer: Path, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "megatron"
@@ -261,7 +261,7 @@ def test_dense_model_has_its_logits_at_full_k_and_trains_on_as_a_topk_model(
     start = ["--load", str(checkpoint), "--finetune", "--topk-layers", "0-2"]
     model = ["--use-checkpoint-args", "--topk-k", "64", *_LLAMA.split()]
     if CheckpointReader(checkpoint / "iter_0000000").args.qk_layernorm:
-        model.append("--qk-layernorm")  # Megatron does not take it from the checkpoint
+        model.append("--qk-layernorm")  # Megatron does not read it from the checkpoint
     _, logits = megatron_logits(tmp_path / "logits", tokenizer, *start, *model)
     expected = hugging_face_logits(dense, tmp_path / "logits")
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)

@@ -1,4 +1,4 @@
-"""With k = hidden size, the TopK model is Megatron's own GPT model bit for bit."""
+"""With k equal to the hidden size, the TopK model is Megatron's own GPT model bit for bit."""
 
 import json
 from pathlib import Path
@@ -27,5 +27,5 @@ def test_k_of_the_hidden_size_has_the_stock_models_losses_and_gradients_bitwise(
     assert report["topk_layers"] == ["TopKTransformerLayer"]
     assert len(report["steps"]) == 20
     assert all(step["loss_equal"] and step["gradients_equal"] for step in report["steps"])
-    # The comparison itself must be able to fail: with k = H - 1 the gradients differ at once.
+    # The comparison must be able to fail: with k = H - 1 the gradients differ in the first step.
     assert not report["one_neuron_fewer"]["gradients_equal"]

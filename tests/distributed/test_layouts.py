@@ -1,9 +1,9 @@
 """Every parallel layout trains the same model as one rank.
 
-Tolerance: the losses of 20 steps agree to 2e-5 nats (they are about 6). Layouts add the same
-float32 numbers in another order, which costs a few units in the last place a step; a larger
-difference would mean that a TopK selection, a gradient or a microbatch went missing. Layouts that
-change no order of addition (recomputation) must agree bitwise.
+Tolerance: the losses of 20 steps, about 6 nats, agree to 2e-5 nats. Layouts add the same float32
+numbers in a different order, which costs a few units in the last place per step. A larger
+difference would mean that a TopK selection, a gradient or a microbatch is missing. Recomputation
+does not change the order of addition, and must agree bitwise.
 """
 
 import json
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def train(
     ranks: int, flags: list[str], initial: Path, layout: str, directory: Path
 ) -> tuple[Run, list[dict[str, int]]]:
-    """Twenty steps with every TopK output checked; returns the run and each rank's row counts."""
+    """Train for 20 steps, check every TopK output, and return the run and the ranks' row counts."""
     run = pretrain(
         ranks,
         *flags,
@@ -74,7 +74,7 @@ def test_recomputation_changes_nothing_bitwise(
     assert run.losses() == single_rank.losses()
 
 
-def test_fused_operator_trains_as_its_definition_does_bitwise(
+def test_fused_operator_trains_bitwise_like_its_definition(
     flags: list[str], initial: Path, single_rank: Run, tmp_path: Path
 ) -> None:
     assert extension.MISSING["cpu"] is None, "the CPU kernel was not built"
@@ -87,7 +87,7 @@ def test_fused_operator_trains_as_its_definition_does_bitwise(
 
 
 @pytest.fixture(scope="module")
-def one_neuron_a_token(
+def one_neuron_per_token(
     flags: list[str], initial: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     """One rank with k = 1 and a window of one step, so that some neurons are silent."""
@@ -95,7 +95,7 @@ def one_neuron_a_token(
     run = pretrain(1, *flags, *SPARSE, "--load", initial, tensorboard=directory)
     assert run.returncode == 0, run.output
     shares = run.scalars("topk/silent/layer_02").values()
-    assert any(0 < share < 1 for share in shares), "the comparison would be of zeros"
+    assert any(0 < share < 1 for share in shares), "the comparison would be trivial"
     return run
 
 
@@ -114,7 +114,7 @@ SPARSE = [
 
 @pytest.mark.parametrize("name", ["tp2-pp2", "vpp", "dp2-distributed-optimizer"])
 def test_layer_statistics_are_those_of_one_rank(
-    name: str, flags: list[str], initial: Path, one_neuron_a_token: Run, tmp_path: Path
+    name: str, flags: list[str], initial: Path, one_neuron_per_token: Run, tmp_path: Path
 ) -> None:
     ranks, layout = LAYOUTS[name]
     load = ["--load", str(initial), *layout.split()]
@@ -123,14 +123,14 @@ def test_layer_statistics_are_those_of_one_rank(
     for layer in (0, 1, 2):
         for statistic in ("density", "kept_norm", "silent"):
             tag = f"topk/{statistic}/layer_{layer:02d}"
-            expected = one_neuron_a_token.scalars(tag)
+            expected = one_neuron_per_token.scalars(tag)
             assert run.scalars(tag) == pytest.approx(expected, abs=1e-4), tag
         assert set(run.scalars(f"topk/density/layer_{layer:02d}").values()) == {1 / 64}
 
 
 def test_bfloat16_trains(flags: list[str], initial: Path, single_rank: Run, tmp_path: Path) -> None:
     run, _ = train(1, flags, initial, "--bf16", tmp_path)
-    # bfloat16 keeps 8 bits: the losses of 20 steps stay within a percent of float32's.
+    # bfloat16 keeps 8 bits: the losses of 20 steps stay within one percent of float32's.
     assert run.losses() == pytest.approx(single_rank.losses(), rel=1e-2)
 
 

@@ -1,7 +1,7 @@
-"""TopK inside the MLP: the formula of docs/mlp.md on every kind of MLP, and the same on any layout.
+"""TopK inside the MLP follows docs/mlp.md on every kind of MLP and in every layout.
 
-Tolerance of losses: 2e-5 nats, as in test_layouts.py and for the same reason. Selections are
-compared bitwise.
+Tolerance of losses: 2e-5 nats, for the reason given in test_layouts.py. Selections are compared
+bitwise.
 """
 
 import json
@@ -49,7 +49,7 @@ def test_tensor_parallel_ranks_train_the_same_model_as_one(
     split = [*groups, *TP2, "--sequence-parallel", *RECOMPUTE.split()]
     two = train(2, flags, initial, split, tmp_path / "two")
     assert two.losses() == pytest.approx(one.losses(), abs=TOLERANCE)
-    assert one.losses() != single_rank.losses()  # the MLP's TopK does something
+    assert one.losses() != single_rank.losses()  # the MLP's TopK has an effect
 
 
 def test_experts_have_their_topk(flags: list[str], tmp_path: Path) -> None:

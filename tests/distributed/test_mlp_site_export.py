@@ -1,7 +1,8 @@
-"""A model with TopK inside its MLPs has the logits of Megatron when Hugging Face loads it.
+"""A model with TopK inside its MLPs has Megatron's logits when Hugging Face loads it.
 
-Tolerance: 2e-5 of the largest logit, a few hundred units in the last place of float32: the two
-multiply the same matrices in another order. A selection that differs in one unit costs 1e-3.
+Tolerance: 2e-5 of the largest logit, a few hundred units in the last place of float32, because the
+two multiply the same matrices in a different order. A selection that differs in one unit costs
+1e-3.
 """
 
 import subprocess
@@ -59,7 +60,7 @@ def test_exported_model_has_the_logits_of_megatron(
     with torch.no_grad():
         got = model(tokens).logits
         assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-        # The comparison can fail: with one unit more in every MLP the logits are others.
+        # The comparison can fail: one more unit in every group changes the logits.
         activations: list[Any] = [
             m for n, m in model.named_modules() if ".mlp." in n and n.endswith(".topk")
         ]

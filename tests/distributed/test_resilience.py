@@ -1,7 +1,7 @@
-"""Faults in a running job: nothing is lost but the steps since the last checkpoint.
+"""A fault in a running job costs only the steps since the last checkpoint.
 
-Each job has two data-parallel ranks and saves every five steps. What a job that met a fault goes on
-with is compared bitwise with a job that met none.
+Each job has two data-parallel ranks and saves every five steps. A job that continues after a fault
+is compared bitwise with one that met none.
 """
 
 import os
@@ -49,7 +49,7 @@ def undisturbed(whole: tuple[Run, Path]) -> dict[int, float]:
 
 
 def faulty(fault: str, flags: list[str], directory: Path, *more: str, restarts: int = 0) -> Run:
-    """A job of two ranks under torchrun that meets `fault`."""
+    """Run a job of two ranks under torchrun that meets `fault`."""
     return pretrain(
         2,
         *[*flags, *TOPK, *saving(directory), *more],
@@ -60,18 +60,18 @@ def faulty(fault: str, flags: list[str], directory: Path, *more: str, restarts: 
     )
 
 
-def test_killed_rank_is_restarted_and_the_job_ends_as_if_nothing_had_been(
+def test_killed_rank_is_restarted_and_the_job_ends_as_if_nothing_had_happened(
     flags: list[str], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run = faulty("1:8:kill", flags, tmp_path / "checkpoint", restarts=1)
     assert run.returncode == 0, run.output
     assert "exitcode: -9" in run.output or "exitcode=-9" in run.output or "Signal 9" in run.output
-    # Steps 6 and 7 were done twice; the later event of a step is the one that counts.
+    # Steps 6 and 7 ran twice; the later event of a step counts.
     assert run.losses() == undisturbed
     assert (tmp_path / "checkpoint" / TRACKER).read_text() == str(STEPS)
 
 
-def test_signal_to_one_rank_saves_at_that_step_and_the_next_job_goes_on(
+def test_signal_to_one_rank_saves_at_that_step_and_the_next_job_continues(
     flags: list[str], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     directory = tmp_path / "checkpoint"
@@ -98,7 +98,7 @@ def test_signal_to_the_launcher_exits_with_the_code_that_slurm_requeues_on(
 def launch(
     flags: list[str], directory: Path, *, fault: str = "", signal_after: str = "", pause: str = "0"
 ) -> Run:
-    """A job under our launcher, which gets SIGTERM as soon as its output matches."""
+    """Run a job under our launcher, which gets SIGTERM as soon as its output matches."""
     launcher = [sys.executable, "-m", "topk_megatron.train.launch", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", str(FAULTY), *flags, *TOPK, *saving(directory)]
     environment = {"TOPK_FAULT_STEP_SECONDS": pause}
@@ -129,7 +129,7 @@ def wait_for(pattern: str, log: Path, process: "subprocess.Popen[str]") -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint and a half (one takes about 2 MB)."""
+    """A file system with room for one and a half checkpoints of about 2 MB each."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "topk-test", str(disk)]
@@ -142,19 +142,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 SMALL_DISK = "3500k"
 
 
-def test_full_disk_during_a_save_is_one_line_and_the_save_before_it_counts(
+def test_full_disk_during_a_save_is_one_line_and_the_previous_save_counts(
     flags: list[str], small_disk: Path, tmp_path: Path
 ) -> None:
     directory = small_disk / "checkpoint"
     run = faulty("-1:0:none", flags, directory, "--tensorboard-dir", str(tmp_path / "full"))
     assert run.returncode != 0
-    assert "iteration 10 could not be written by rank" in run.error_line(), run.output
+    assert "could not write the checkpoint of iteration 10 to" in run.error_line(), run.output
     assert "no space left on device" in run.error_line()
-    assert "iteration 5 is the last that is complete" in run.error_line()
+    assert "the last complete one is iteration 5" in run.error_line()
     assert (directory / TRACKER).read_text() == "5"
 
 
-def test_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
+def test_damaged_latest_checkpoint_costs_the_steps_since_the_previous_one(
     flags: list[str], whole: tuple[Run, Path], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     directory = tmp_path / "checkpoint"
@@ -162,7 +162,7 @@ def test_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
     (directory / TRACKER).write_text("10")
     data = max((directory / "iter_0000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
     changed = bytearray(data.read_bytes())
-    changed[len(changed) // 2] ^= 1  # one bit, which nothing but the hash can tell
+    changed[len(changed) // 2] ^= 1  # one bit, which only the hash reveals
     data.write_bytes(changed)
     settings = [*flags, *TOPK, *saving(directory), "--verify-integrity"]
     resumed = pretrain(2, *settings, tensorboard=tmp_path / "resumed")

@@ -1,4 +1,4 @@
-"""Text from checkpoints of any layout, with the model that was trained and no other."""
+"""Sampling from checkpoints of any layout uses exactly the model that was trained."""
 
 import subprocess
 from pathlib import Path

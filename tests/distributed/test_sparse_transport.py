@@ -1,4 +1,4 @@
-"""Sparse transport and saving change no bit of a run, and a rank that is gone ends it."""
+"""Sparse transport and saving change no bit of a run, and a lost rank ends it."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from tests.harness.launch import REPOSITORY, Run, pretrain
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# k goes from 64 (dense transport) to 8; with k over 24 of 64 the messages stay dense.
+# k falls from 64 to 8; above 24 of 64 the messages stay dense.
 ANNEAL = ["--topk-anneal", "linear", "--topk-anneal-begin", "2", "--topk-anneal-end", "12"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -29,8 +29,9 @@ LAYOUTS = {
     ),
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
 }
-# Boundaries after a TopK layer, of ranks that send, times 4 microbatches; and what is kept packed:
-# inputs of layers 0 to 3, each once, by each rank that has the layer.
+# Expected counts. CROSSINGS: boundaries after a TopK layer, summed over sending ranks, times 4
+# microbatches. KEPT: inputs of layers 0 to 3, each once, on every rank that has the layer, times 4
+# microbatches.
 CROSSINGS = {"pp2": 4, "pp4-recompute": 12, "tp2-pp2-bf16-recompute": 8, "vpp": 12}
 KEPT = {"pp2": 16, "pp4-recompute": 16, "tp2-pp2-bf16-recompute": 32, "vpp": 16}
 
@@ -42,7 +43,7 @@ def train(ranks: int, settings: list[str], directory: Path) -> Run:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_sparse_transport_and_saving_train_as_dense_bitwise(
+def test_sparse_transport_and_saving_train_bitwise_like_dense(
     name: str, flags: list[str], tmp_path: Path
 ) -> None:
     ranks, layout = LAYOUTS[name]
@@ -69,7 +70,7 @@ def test_sparse_saving_changes_nothing_without_recompute(
     run = train(1, [*flags, *TOPK, *load], tmp_path)
     assert run.losses() == single_rank.losses()
     assert run.scalars("grad-norm") == single_rank.scalars("grad-norm")
-    # The embedding's output and those of layers 0 to 2, each kept for the norm after it, in 4
+    # The outputs of the embedding and of layers 0 to 2, each kept for the norm after it, in 4
     # microbatches.
     assert "16 saved activations" in run.output
 
@@ -85,7 +86,7 @@ def test_ranks_with_other_settings_are_found_at_start(flags: list[str]) -> None:
 def test_rank_killed_in_mid_transfer_ends_the_others_with_a_clear_error(
     flags: list[str], tmp_path: Path
 ) -> None:
-    # Without torchrun, which would end the other rank itself: here nobody but the transport knows.
+    # Without torchrun, which would end the other rank itself: here only the transport notices.
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
@@ -114,4 +115,4 @@ def test_rank_killed_in_mid_transfer_ends_the_others_with_a_clear_error(
     assert code == 1, logs[0].read_text()
     assert time.monotonic() - killed < 30
     lines = [line for line in logs[0].read_text().splitlines() if line.startswith("error: ")]
-    assert "rank 0: pipeline rank lost in mid-transfer: the one with rank 1 was not" in lines[-1]
+    assert "rank 0: pipeline rank lost: the transfer with rank 1 did not finish" in lines[-1]

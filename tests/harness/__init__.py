@@ -1,1 +1,1 @@
-"""Helpers of the test suite and the benchmarks: real torchrun jobs and what they logged."""
+"""Helpers of the test suite and the benchmarks: real torchrun jobs and their logs."""

@@ -1,10 +1,10 @@
-"""Runs command lines, and jobs of several ranks, in forks of a process that has made the imports.
+"""Runs command lines and multi-rank jobs in forks of a process that has already done the imports.
 
-A command line of this project spends seconds on imports, and tests start hundreds of them. Each
-fork is a process of its own: it has its own arguments, environment, working directory and output,
-ends by itself, and leaves nothing to its siblings. What a fork cannot show is a script that does
-not import, so that each script is also started plainly somewhere. The ranks of a job are started by
-torchrun's own agent; tests of restarts and of signals use its command.
+A command of this project spends seconds on imports, and tests start hundreds of commands. Each fork
+is an independent process with its own arguments, environment, working directory and output, and
+shares no state with its siblings. A fork cannot reveal a script whose imports fail, so some test
+also starts each script without one. torchrun's own agent starts the ranks of a job; tests of
+restarts and signals use the torchrun command instead.
 """
 
 import atexit
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What is imported beforehand: Megatron on this machine's device, which changes torch for good, or
-# what the tools for exported models need, which leave torch alone.
+# Imports made in advance: "megatron" prepares this machine's device, which patches torch for good;
+# "plain" serves the tools for exported models, which leave torch alone.
 PRELOADS = ("megatron", "plain")
 _TIMED_OUT = 1000
 
@@ -38,18 +38,18 @@ def run_forked(
     environment: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a Python script as a command, with the output of `subprocess.run`.
+    """Run a Python script as a command, and return what `subprocess.run` would.
 
     Args:
         script: the script.
-        arguments: of its command line.
+        arguments: its command-line arguments.
         preload: one of `PRELOADS`.
-        ranks: processes of a distributed job, under torchrun's agent; 0 is no job.
-        environment: added to that of this process.
-        timeout: seconds until it is killed.
+        ranks: number of ranks of a distributed job, under torchrun's agent; 0 runs a plain command.
+        environment: variables added to those of this process.
+        timeout: seconds until the command is killed.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: if the command took longer.
     """
     argv = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as directory:
@@ -69,7 +69,7 @@ def run_forked(
 
 
 class _Server:
-    """The process that forks; one for each preload and each process that tests."""
+    """The process that forks: one per preload and test process."""
 
     def __init__(self, preload: str) -> None:
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
@@ -83,7 +83,7 @@ class _Server:
         atexit.register(self._process.kill)
 
     def ask(self, request: dict[str, Any]) -> int:
-        """Run one command; returns its exit code, negative for a signal."""
+        """Run one command, and return its exit code, which is negative for a signal."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -100,13 +100,13 @@ def _server(preload: str) -> _Server:
 
 
 def _serve() -> None:
-    """Fork for every line of standard input; answer with exit codes."""
+    """Fork for every line of standard input, and answer with exit codes."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever an import prints is no answer
+    os.dup2(2, 1)  # output of the imports must not look like an answer
     before = set(os.environ)
     with contextlib.redirect_stdout(sys.stderr):  # logging keeps the stream that it finds
         _import(sys.argv[1])
-    sys.stderr.flush()  # or every fork would print what is left in the buffer
+    sys.stderr.flush()  # otherwise every fork would print the rest of the buffer
     prepared = {name: os.environ[name] for name in set(os.environ) - before}
     for line in sys.stdin:
         request = json.loads(line)
@@ -116,7 +116,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> int:
-    """Run a command or a job; returns its exit code."""
+    """Run a command or a job, and return its exit code."""
     child = os.fork()
     if child == 0:
         _be(request)
@@ -146,7 +146,7 @@ def _import(preload: str) -> None:
 
 
 def _be(request: dict[str, Any]) -> None:
-    """In the fork: become the command; never returns."""
+    """Become the command, in the fork; never return."""
     code = 1
     try:
         os.setsid()
@@ -178,7 +178,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _launch(argv: list[str], ranks: int) -> None:
-    """What torchrun does, but that the agent forks the ranks instead of starting a program."""
+    """Do what torchrun does, except that the agent forks the ranks instead of executing them."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["OMP_NUM_THREADS"] = "1"

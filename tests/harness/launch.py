@@ -1,4 +1,4 @@
-"""Runs the real pretraining under torchrun with gloo ranks, and reads back what it logged."""
+"""Runs the real pretraining under torchrun with gloo ranks, and reads its logs."""
 
 import contextlib
 import os
@@ -73,9 +73,9 @@ class Run:
     """A finished job.
 
     Attributes:
-        returncode: of torchrun.
+        returncode: exit code of torchrun.
         output: standard output and error of all ranks together.
-        tensorboard: its event files, if it was asked to write any.
+        tensorboard: directory of its event files, if it wrote any.
     """
 
     returncode: int
@@ -83,21 +83,21 @@ class Run:
     tensorboard: Path | None = None
 
     def scalars(self, tag: str) -> dict[int, float]:
-        """Logged values by iteration, exactly as the float32 that was logged."""
+        """Return the logged values by iteration, exactly as the float32 that was logged."""
         assert self.tensorboard is not None
         return read_scalars(self.tensorboard, tag)
 
     def losses(self) -> dict[int, float]:
-        """Training loss by iteration, in nats a token."""
+        """Return the training loss by iteration, in nats per token."""
         return self.scalars("lm loss")
 
     def validation_losses(self) -> list[float]:
-        """Validation losses in the order they were printed (7 digits)."""
+        """Return the validation losses in the order in which they were printed (7 digits)."""
         found = re.findall(r"on validation set \| lm loss value: (\S+)", self.output)
         return [float(value) for value in found]
 
     def error_line(self) -> str:
-        """The last line that starts with ``error:``; empty if there is none."""
+        """Return the last line that starts with ``error:``, or an empty string."""
         lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
         return lines[-1] if lines else ""
 
@@ -113,17 +113,17 @@ def pretrain(
 ) -> Run:
     """Run ``pretrain_topk_gpt.py`` (or another `entry`) to its end.
 
-    The script itself runs in forks, which spare the imports (`tests.harness.forks`); with
-    another entry, restarts, or TOPK_TORCHRUN=1 in the environment torchrun starts the ranks.
+    The script itself runs in forks, which save the imports (`tests.harness.forks`). With another
+    entry, restarts, or TOPK_TORCHRUN=1 in the environment, torchrun starts the ranks.
 
     Args:
-        ranks: gloo ranks on this machine.
-        flags: as on the command line.
-        entry: another script with the same arguments.
-        tensorboard: where to write exact scalars.
+        ranks: number of gloo ranks on this machine.
+        flags: command-line flags.
+        entry: another script that takes the same flags.
+        tensorboard: directory to which exact scalars are written.
         timeout: seconds after which the whole job is killed and the test fails.
-        restarts: how often our launcher starts the ranks again when one fails.
-        environment: added to this process's own.
+        restarts: how often our launcher restarts the ranks after a failure.
+        environment: variables added to those of this process.
     """
     command = command_line(ranks, *flags, entry=entry, tensorboard=tensorboard, restarts=restarts)
     if entry is None and not restarts and os.environ.get("TOPK_TORCHRUN") != "1":
@@ -131,7 +131,7 @@ def pretrain(
         more: dict[str, Any] = {"preload": "megatron", "ranks": ranks, "timeout": timeout}
         done = run_forked(SCRIPT, *command[place + 1 :], environment=environment, **more)
         return Run(done.returncode, done.stdout + done.stderr, tensorboard)
-    # A file and not a pipe: helper processes of a killed rank would hold a pipe open for ever.
+    # A file and not a pipe: helper processes of a killed rank would hold a pipe open forever.
     with tempfile.TemporaryFile("w+") as output:
         process = start(command, output, environment)
         try:
@@ -150,7 +150,7 @@ def command_line(
     tensorboard: Path | None = None,
     restarts: int = 0,
 ) -> list[str]:
-    """The torchrun command, with a free port of its own."""
+    """Return the torchrun command; torchrun picks a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     if restarts:
         launcher[2:3] = ["topk_megatron.train.launch", f"--max-restarts={restarts}"]
@@ -175,10 +175,9 @@ def start(
 
 
 def kill_job(launcher: int) -> None:
-    """kill -9 torchrun and every rank with its helpers, as a power cut would.
+    """Kill torchrun and every rank with its helpers (-9), as a power cut would.
 
-    torchrun gives each rank a session of its own. The process that calls this dies last, if it is
-    one of the job's.
+    torchrun gives each rank its own session. If the caller belongs to the job, it dies last.
     """
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     os.kill(launcher, signal.SIGKILL)

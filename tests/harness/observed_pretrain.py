@@ -1,7 +1,7 @@
-"""Pretraining with a check on every row of every TopK layer: exactly k neurons survive.
+"""Pretraining that checks every row of every TopK layer: exactly k neurons survive.
 
-An entry for `tests.harness.launch.pretrain`. Each rank writes ``rank<N>.json`` into the
-directory TOPK_OBSERVED: rows checked, by layer.
+An entry for `tests.harness.launch.pretrain`. Each rank writes the number of rows checked, by layer,
+to ``rank<N>.json`` in the directory TOPK_OBSERVED.
 """
 
 import json
@@ -20,7 +20,7 @@ from topk_megatron.ops.reference import unpack_bits
 
 @exit_on_user_error
 def main() -> None:
-    """Train, counting survivors by their mask, so that a kept zero counts too."""
+    """Train, and count survivors by their mask, so that a kept zero counts too."""
     device = prepare_device()
     rows: Counter[int] = Counter()
     original = runtime.TopKRuntime.apply

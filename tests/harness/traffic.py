@@ -1,7 +1,7 @@
-"""Counts what a process hands to its process groups: messages and bytes, by kind.
+"""Counts the messages and bytes that a process passes to its process groups, by kind.
 
-The methods of `torch.distributed.ProcessGroup` are what every send and collective of a backend goes
-through, whatever function of torch or Megatron it began in.
+Every send and collective goes through a method of `torch.distributed.ProcessGroup`, whichever
+function of torch or Megatron started it.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Methods, the kind that they are counted as, and the argument with what this rank contributes.
-# Gathers into one tensor have another name since torch 2.14.
+# Maps each method to its kind and to the position of the argument that this rank contributes.
+# torch 2.14 renamed the gather into one tensor.
 _METHODS = {
     "send": ("send", 0),
     "allgather": ("all_gather", 1),
@@ -24,14 +24,14 @@ _METHODS = {
 
 
 class Traffic:
-    """Bytes and messages since the count began, by kind (``send``, ``all_gather``)."""
+    """Counts of bytes and messages, by kind (``send``, ``all_gather``)."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
 
     def add(self, kind: str, tensors: Any) -> None:
-        """Note one call with what this rank contributes to it."""
+        """Count one call and the tensors that this rank contributes to it."""
         flat = [tensors] if isinstance(tensors, Tensor) else list(_flatten(tensors))
         self.bytes[kind] += sum(t.numel() * t.element_size() for t in flat)
         self.messages[kind] += 1
@@ -49,7 +49,7 @@ def _flatten(tensors: Any) -> Iterator[Tensor]:
 def counted_traffic() -> Iterator[Traffic]:
     """Count all traffic of this process inside the ``with``."""
     traffic, group_class = Traffic(), dist.ProcessGroup
-    # The descriptors themselves: a method fetched from the class would not bind when put back.
+    # Keep the descriptors themselves: a method read from the class would not bind once restored.
     originals = {name: vars(group_class)[name] for name in _METHODS if name in vars(group_class)}
 
     def counting(name: str) -> Any:

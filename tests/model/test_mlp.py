@@ -1,4 +1,4 @@
-"""Which settings of the MLP site fit an inner dimension."""
+"""The settings of the MLP site that fit an inner dimension."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_settings_that_fit_pass(k: int, groups: int | None, size: int) -> None:
         (6, 3, 2, "--topk-mlp-groups 3 cannot be split over 2 tensor-parallel ranks"),
     ],
 )
-def test_what_does_not_fit_says_which_number_to_change(
+def test_settings_that_do_not_fit_say_which_number_to_change(
     k: int, groups: int | None, size: int, complaint: str
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):

@@ -1,4 +1,4 @@
-"""Statistics of a layer against their definitions."""
+"""Statistics of a layer, checked against their definitions."""
 
 import torch
 from hypothesis import given
@@ -39,7 +39,7 @@ def test_sums_are_taken_only_in_measured_steps_and_cleared_when_read() -> None:
     assert torch.equal(probe.take_sums(cpu), zeros)
 
 
-def test_a_neuron_is_silent_since_the_last_step_in_which_it_was_not_zero() -> None:
+def test_a_neuron_is_silent_since_the_last_step_in_which_it_was_nonzero() -> None:
     probe = LayerProbe(3)
 
     def step(*fired: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which layer classes a spec ends with; nothing here needs a process group."""
+"""The layer classes of the final spec; no test here needs a process group."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +60,7 @@ def classes(layers: str, config: Any = None, stock: Any = None) -> list[type]:
 
 
 @pytest.mark.usefixtures("one_stage")
-def test_only_the_chosen_layers_are_exchanged() -> None:
+def test_only_the_chosen_layers_are_replaced() -> None:
     dense, topk = TransformerLayer, TopKTransformerLayer
     assert classes("all,-2") == [topk, topk, topk, topk, dense, dense]
     assert classes("0,5") == [topk, dense, dense, dense, dense, topk]
@@ -97,7 +97,7 @@ def test_dense_model_gets_the_stock_spec_itself() -> None:
 
 @pytest.mark.usefixtures("one_stage")
 def test_transformer_engine_spec_keeps_its_modules_under_the_topk() -> None:
-    # Transformer Engine does not import without a GPU; the spec it would give has this shape.
+    # Transformer Engine cannot be imported without a GPU; its spec would have this shape.
     fused = SimpleNamespace(linear_qkv="TELayerNormColumnParallelLinear")
     stock = ModuleSpec(module=TransformerLayer, submodules=fused)
     spec = topk_layer_spec(runtime("0"), stock, model_config())

@@ -1,4 +1,4 @@
-"""Saved activations: packed where they are TopK outputs, bitwise the same when they come back."""
+"""Saved activations: TopK outputs are packed, and expand to the same bits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from topk_megatron.parallel.verify import Verifier
 
 
 def gradients(saver: SparseSaver | None, spoil: bool = False) -> list[Tensor]:
-    """A TopK, saved twice by what follows, and a tensor that is none."""
+    """Gradients through a TopK output that is saved twice, and through an ordinary tensor."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 2, 64, generator=generator, requires_grad=True)
     weight = torch.randn(64, generator=generator, requires_grad=True)
@@ -23,7 +23,7 @@ def gradients(saver: SparseSaver | None, spoil: bool = False) -> list[Tensor]:
         saver.selections.remember(y, Selection(y.shape, 4, bits=bits))
     if spoil:
         with torch.no_grad():
-            y.mul_(2)  # no longer what was remembered
+            y.mul_(2)  # no longer the tensor that was remembered
     loss = (y.view(12, 64).square() * weight).sum() + (x * x).sum() + (y * weight).sum()
     if saver is not None:
         saver.leave()
@@ -43,14 +43,14 @@ def test_gradients_are_the_same_bitwise_and_memory_is_counted_once() -> None:
     assert saver.verifier.take_counts()["saved activations"] == 1
 
 
-def test_an_output_that_was_changed_in_place_is_saved_as_it_is() -> None:
+def test_an_output_that_was_changed_in_place_is_saved_densely() -> None:
     saver = SparseSaver(SelectionRegistry(), Verifier(None))
     for got, wanted in zip(gradients(saver, spoil=True), gradients(None, spoil=True), strict=True):
         assert torch.equal(got, wanted)
     assert saver.packed_bytes == 0
 
 
-def test_memory_of_an_output_is_released_and_its_successor_not_mistaken_for_it() -> None:
+def test_an_outputs_memory_is_released_and_its_next_owner_not_mistaken_for_it() -> None:
     saver = SparseSaver(SelectionRegistry(), Verifier(None))
     saver.enter()
     for number in range(20):
@@ -68,7 +68,7 @@ def test_memory_of_an_output_is_released_and_its_successor_not_mistaken_for_it()
     assert saver.packed_bytes == 0
 
 
-def test_what_a_stage_received_is_let_go_and_still_gets_its_gradient() -> None:
+def test_a_received_hidden_state_is_released_and_still_gets_its_gradient() -> None:
     y, bits = topk_mask_with_bits(torch.randn(6, 2, 64), 4)
     indices = torch.ops.topk_megatron.bits_to_indices(bits.view(12, 2), 64, 4)
     weight = torch.randn(64, requires_grad=True)
@@ -88,7 +88,7 @@ def test_what_a_stage_received_is_let_go_and_still_gets_its_gradient() -> None:
     assert torch.equal(received.grad, wanted.grad)  # pyright: ignore[reportArgumentType]
 
 
-def test_embedding_output_is_let_go_and_looked_up_again() -> None:
+def test_embedding_output_is_released_and_looked_up_again() -> None:
     table = torch.nn.Embedding(50, 64)
     ids = torch.randint(0, 50, (2, 6))
     weight = torch.randn(64, requires_grad=True)
@@ -118,7 +118,7 @@ def test_embedding_output_is_let_go_and_looked_up_again() -> None:
     assert (saver.dense_bytes, saver.packed_bytes) == (12 * 64 * 4, ids.nbytes)
 
 
-def test_embedding_with_other_weights_at_the_second_lookup_is_found() -> None:
+def test_changed_weights_at_the_second_lookup_are_detected() -> None:
     table = torch.nn.Embedding(50, 64)
     ids = torch.randint(0, 50, (6, 2))
     saver = SparseSaver(SelectionRegistry(), Verifier(every=1))

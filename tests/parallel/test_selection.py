@@ -1,4 +1,4 @@
-"""The registry answers for the whole, unchanged output of a TopK and for nothing else."""
+"""The registry recognises the whole, unchanged output of a TopK and nothing else."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_selections_of_freed_outputs_are_forgotten() -> None:
     assert not registry._entries
 
 
-def test_bitmask_and_indices_say_the_same() -> None:
+def test_bitmask_and_indices_agree() -> None:
     _, output, selection = registered()
     indices = selection.indices_NK()
     expected = output.view(12, 64).nonzero()[:, 1].view(12, 4)

@@ -1,4 +1,4 @@
-"""The order of messages, against a replay of the schedule by its definition."""
+"""The order of messages, checked from both sides of every link and against Megatron's table."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,13 +25,13 @@ def test_every_stage_passes_every_microbatch_on_and_back_once(
         following = ranks[(rank + 1) % size]
         assert list(following.forward_in) == list(order.forward_out)
         assert list(following.backward_out) == list(order.backward_in)
-        # The model's last stage sends nothing on.
+        # The model's last stage sends no hidden state.
         sending = [c for c in range(chunks) if not (rank == size - 1 and c == chunks - 1)]
         expected = sorted(sending * microbatches)
         assert sorted(order.forward_out) == sorted(order.backward_in) == expected
 
 
-def test_interleaved_order_is_that_of_megatrons_table() -> None:
+def test_interleaved_order_follows_megatrons_table() -> None:
     # Megatron's own example (schedules.py): PP2, 5 microbatches in groups of 3, 2 chunks.
     first, second = orders(2, 2, 5, 3)
     assert list(first.forward_out) == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]

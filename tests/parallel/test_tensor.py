@@ -1,4 +1,4 @@
-"""The tensor-parallel selection, on simulated ranks: the same as on one rank, bit for bit."""
+"""The tensor-parallel selection on simulated ranks equals the selection on one rank bit for bit."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from topk_megatron.parallel.tensor import grouped_topk_mask, select_globally
 
 
 def on_ranks(x: Tensor, k: int, mode: str, size: int) -> tuple[list[Tensor], list[int]]:
-    """Each rank's result, and how many candidates a row it sent.
+    """Return each rank's result, and how many candidates per row it sent.
 
     Ranks run one after another, twice: first to offer their candidates, then to select.
     """
@@ -92,7 +92,7 @@ def test_gradient_is_dy_on_the_selected_units_also_where_they_are_zero(k: int) -
 
 
 def topk_candidates(shard: Tensor, count: int) -> Tensor:
-    """By definition: the largest `count`, in ascending index order."""
+    """Return the largest `count` by definition, in ascending index order."""
     order = torch.sort(shard, dim=-1, descending=True, stable=True).indices[..., :count]
     return shard.gather(-1, order.sort(dim=-1).values)
 

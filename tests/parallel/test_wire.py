@@ -1,4 +1,4 @@
-"""Messages give back the tensors bit for bit, and have the size that both sides compute."""
+"""Messages reproduce the tensors bit for bit, and have the size that both sides compute."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_the_smaller_form_is_chosen_and_dense_where_neither_halves(
         assert k * dtype.itemsize + chosen.selection_bytes == min(sizes)
 
 
-def test_verification_finds_a_single_wrong_bit() -> None:
+def test_verification_detects_a_single_wrong_bit() -> None:
     wire = wire_format(256, 16, torch.float32)
     assert wire is not None
     x, bits = topk_mask_with_bits(torch.randn(3, 256), 16)
@@ -115,7 +115,7 @@ def test_verification_finds_a_single_wrong_bit() -> None:
     assert verifier.take_counts() == {"hidden states": 1, "gradients": 1, "saved activations": 0}
 
 
-def test_steps_that_are_not_verified_send_nothing_more() -> None:
+def test_steps_that_are_not_verified_send_nothing_extra() -> None:
     message, dense = torch.zeros(5, dtype=torch.uint8), torch.zeros(2, 8)
     verifier = Verifier(every=2)
     verifier.begin(3)

@@ -1,4 +1,4 @@
-"""The flags as a user sees them, and dataset files as they are checked."""
+"""The flags that a user sees, and the checks of dataset files."""
 
 import struct
 import subprocess
@@ -40,7 +40,7 @@ def test_every_cpu_default_is_an_argument_of_megatron() -> None:
 
 
 def made_dataset(prefix: Path, documents: int) -> str:
-    """A dataset of two-byte tokens with one token a document."""
+    """Write a dataset of two-byte tokens with one token per document."""
     (prefix.parent / f"{prefix.name}.bin").write_bytes(b"\0\0" * documents)
     header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, documents, documents + 1)
     lengths = struct.pack(f"<{documents}i", *[1] * documents)
@@ -62,7 +62,7 @@ def arguments(prefix: str, split: str | None, eval_iters: int = 1) -> Namespace:
     )
 
 
-def test_our_reading_of_an_index_is_megatrons(dataset: Path) -> None:
+def test_we_count_documents_as_megatron_does(dataset: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     assert count_documents(str(dataset)) == len(IndexedDataset(str(dataset)))
@@ -92,11 +92,11 @@ class TestSplit:
         check_data_files(arguments(made_dataset(tmp_path / "a", 3), "100,0,0"))
 
     @pytest.mark.parametrize("text", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0"])
-    def test_weights_that_are_none_are_refused(self, text: str) -> None:
+    def test_text_that_is_not_weights_is_refused(self, text: str) -> None:
         with pytest.raises(DataError, match="--split takes"):
             split_weights(text)
 
-    def test_weights_are_filled_up(self) -> None:
+    def test_missing_weights_are_zero(self) -> None:
         assert split_weights("90,10") == [90, 10, 0]
         assert split_weights("98/1/1") == [98, 1, 1]
 
@@ -104,7 +104,7 @@ class TestSplit:
 @pytest.mark.parametrize(
     ("iterations", "said"), [(8, True), (9, False), (20, False), (None, False)]
 )
-def test_annealing_that_outlasts_the_training_is_pointed_out(
+def test_annealing_that_outlasts_training_is_reported(
     iterations: int | None, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TopKConfig(

@@ -1,4 +1,4 @@
-"""What the sparse forms refuse, and in which words."""
+"""The combinations that the sparse forms refuse, and their messages."""
 
 from argparse import Namespace
 
@@ -27,7 +27,7 @@ def config(**changes: object) -> TopKConfig:
     return TopKConfig(**{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
 
-def test_what_is_supported_passes() -> None:
+def test_supported_combinations_pass() -> None:
     check_parallel(Namespace(**ACCEPTED), config())
     fused = {"gradient_accumulation_fusion": True, "recompute_granularity": "full"}
     check_parallel(Namespace(**{**ACCEPTED, **fused}), config())
@@ -39,18 +39,18 @@ def test_what_is_supported_passes() -> None:
         ({"topk_verify": 0}, "--topk-verify must be at least 1, got 0"),
         ({"topk_sparse_p2p": False, "topk_sparse_save": False}, "give one of them"),
         ({"pipeline_model_parallel_size": 1}, "needs --pipeline-model-parallel-size above 1"),
-        ({"cuda_graph_impl": "local"}, "not made for CUDA graphs"),
+        ({"cuda_graph_impl": "local"}, "does not support CUDA graphs"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
-        ({"use_ring_exchange_p2p": True}, "does not go with --use-ring-exchange-p2p"),
-        ({"variable_seq_lengths": True}, "does not go with --variable-seq-lengths"),
-        ({"sft": True}, "does not go with --sft"),
-        ({"mtp_num_layers": 1}, "does not go with --mtp-num-layers"),
+        ({"use_ring_exchange_p2p": True}, "cannot be combined with --use-ring-exchange-p2p"),
+        ({"variable_seq_lengths": True}, "cannot be combined with --variable-seq-lengths"),
+        ({"sft": True}, "cannot be combined with --sft"),
+        ({"mtp_num_layers": 1}, "cannot be combined with --mtp-num-layers"),
         ({"distribute_saved_activations": True}, "--distribute-saved-activations"),
-        ({"cpu_offloading": True}, "does not go with --cpu-offloading"),
+        ({"cpu_offloading": True}, "cannot be combined with --cpu-offloading"),
         ({"gradient_accumulation_fusion": True}, "needs --no-gradient-accumulation-fusion"),
     ],
 )
-def test_what_cannot_be_served_is_named(changes: dict[str, object], complaint: str) -> None:
+def test_unsupported_combinations_are_named(changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         check_parallel(Namespace(**{**ACCEPTED, **changes}), config())
 

@@ -1,4 +1,4 @@
-"""Where the statistics of TopK layers go: console, Weights & Biases (test_layouts: TensorBoard)."""
+"""Statistics of TopK layers on the console and in Weights & Biases (TensorBoard: test_layouts)."""
 
 from pathlib import Path
 

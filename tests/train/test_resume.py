@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, and which settings are compared; on stand-ins for checkpoints."""
+"""The choice of checkpoint and the comparison of settings, on small imitations of checkpoints."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_tracked_checkpoint_is_taken_even_if_a_later_one_exists(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("tracker", ["", "garbage", "20", "30", None])
-def test_latest_complete_checkpoint_stands_in_for_a_broken_tracker(
+def test_latest_complete_checkpoint_replaces_a_broken_tracker(
     tracker: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = checkpoint(tmp_path, 10)
@@ -80,7 +80,7 @@ def test_damaged_latest_checkpoint_gives_way_to_the_one_before_and_says_so(
 ) -> None:
     wanted = checkpoint(tmp_path, 10)
     DAMAGES[said](checkpoint(tmp_path, 20))
-    checkpoint(tmp_path, 30)  # of a run that went back to 20: not what the tracker means
+    checkpoint(tmp_path, 30)  # left by a run that then went back to 20: not the tracked one
     (tmp_path / TRACKER).write_text("20")
     assert find_checkpoint(tmp_path, write=True) == wanted
     assert (tmp_path / TRACKER).read_text() == "10"
@@ -105,7 +105,7 @@ def test_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_pa
         find_checkpoint(tmp_path, 20)
 
 
-def test_nothing_to_resume_is_no_error(tmp_path: Path) -> None:
+def test_nothing_to_resume_is_not_an_error(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "absent") is None
     checkpoint(tmp_path, 5, "__0_0.distcp")  # killed during the very first save
     assert find_checkpoint(tmp_path) is None
@@ -142,11 +142,11 @@ def test_dense_models_are_equal_whatever_their_unused_settings() -> None:
 
 
 def opened(**saved: object) -> Any:
-    """A checkpoint that was opened, with these of its run's arguments."""
+    """An open checkpoint of a run with these arguments."""
     return SimpleNamespace(args=Namespace(**saved), directory=Path("run/iter_0000010"))
 
 
-def test_each_flag_wins_over_the_settings_of_the_checkpoint() -> None:
+def test_each_flag_overrides_the_settings_of_the_checkpoint() -> None:
     before = opened(topk=settings(k=5, mode="abs").to_dict())
     args = run_flags(use_checkpoint_args=True, train_iters=None)
     assert choose_settings(args, before) == settings(k=5, mode="abs")
@@ -173,7 +173,7 @@ ANNEALED = {"anneal": "linear", "anneal_begin": 2, "anneal_end": 9}
 
 
 def run_flags(**given: object) -> Namespace:
-    """Parsed flags of a run that resumes, with the TopK flags that are given."""
+    """Parsed flags of a resumed run, with the given TopK flags."""
     flags = {f"topk_{name}": given.pop(name, None) for name in resume._FLAGS}
     rest = {"use_checkpoint_args": False, "finetune": False, "train_iters": 40, **given}
     return Namespace(load="run", ckpt_step=None, hidden_size=64, num_layers=4, **flags, **rest)
@@ -185,7 +185,7 @@ SAME = {"k": 8, "layers": "0-1", "anneal": "linear", "anneal_begin": 2}
 @pytest.mark.parametrize(
     ("changes", "end"),
     [
-        ({}, 9),  # the end that the run was begun with, though --train-iters now says 21
+        ({}, 9),  # the end that the run started with; from --train-iters it would now be 21
         ({"anneal_end": 30}, 30),
         ({"anneal": "cosine"}, 21),
         ({"anneal_begin": 4}, 22),
@@ -197,7 +197,7 @@ def test_a_longer_run_keeps_its_end_of_annealing(changes: dict[str, object], end
     assert choose_settings(run_flags(**{**SAME, **changes}), before).anneal_end == end
 
 
-def test_the_end_of_annealing_is_half_way_where_the_checkpoint_has_none() -> None:
+def test_annealing_ends_halfway_if_the_checkpoint_has_no_end() -> None:
     for before in (None, opened(topk=None), opened(topk=settings().to_dict())):
         assert choose_settings(run_flags(**SAME), before).anneal_end == 21
 
@@ -213,7 +213,7 @@ def test_the_end_of_annealing_is_half_way_where_the_checkpoint_has_none() -> Non
         ({}, ANNEALED, ("linear", 2, 9)),
     ],
 )
-def test_flags_win_over_the_annealing_of_the_checkpoint(
+def test_flags_override_the_annealing_of_the_checkpoint(
     given: dict[str, object],
     before: dict[str, object],
     expected: tuple[str, int, int],

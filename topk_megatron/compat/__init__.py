@@ -1,4 +1,4 @@
-"""Where the model runs: a GPU through Megatron as it is, or a machine without CUDA."""
+"""The device layer: stock Megatron on a GPU, or Megatron on a machine without CUDA."""
 
 from topk_megatron.compat.select import prepare_device
 

@@ -1,8 +1,8 @@
-"""NVIDIA's accelerating packages: which are here, and what Megatron's flags become without them.
+"""Finds NVIDIA's accelerating packages, and adapts Megatron's flags where they are missing.
 
-Megatron takes Transformer Engine and Apex for granted on a GPU, and fails late where one is
-missing. Both come with NVIDIA's NGC images; Transformer Engine also from PyPI, NVIDIA Apex not: the
-project of that name there is another one, which Megatron would take for it.
+Megatron takes Transformer Engine and Apex for granted on a GPU, and fails late if one is missing.
+Both come with NVIDIA's NGC images. PyPI has Transformer Engine but not NVIDIA Apex: its project
+named apex is a different one, which Megatron would mistake for NVIDIA's.
 """
 
 import functools
@@ -16,16 +16,16 @@ from typing import Any
 
 from topk_megatron.errors import ConfigError
 
-# Files that every NVIDIA Apex has and the others of that name do not.
+# Folders that NVIDIA Apex has and other packages of that name do not.
 _OF_APEX = ("multi_tensor_apply", "normalization", "optimizers")
 
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What was found.
+    """The accelerating packages found on this machine.
 
     Attributes:
-        transformer_engine: its version, or None.
+        transformer_engine: version of Transformer Engine, or None.
         broken: why an installed Transformer Engine cannot be used, or None.
         apex: whether NVIDIA Apex is installed.
         fused_gradients: whether Apex was built with its fused weight gradients.
@@ -38,10 +38,10 @@ class Accelerators:
 
 
 def check_apex() -> bool:
-    """Whether NVIDIA Apex is installed.
+    """Return whether NVIDIA Apex is installed.
 
     Raises:
-        ConfigError: something else is found under the name `apex`.
+        ConfigError: if another package is found under the name `apex`.
     """
     spec = importlib.util.find_spec("apex") if sys.modules.get("apex", "") is not None else None
     if spec is None:
@@ -52,25 +52,25 @@ def check_apex() -> bool:
     where = places[0] if places else spec.origin
     if spec.origin is None:  # a folder of that name on Python's path, such as a clone of Apex
         raise ConfigError(
-            f"{where} is a folder that Python imports as `apex`, and no installed NVIDIA Apex; "
-            "start from another folder, or take it off PYTHONPATH"
+            f"{where} is a folder that Python imports as `apex`, not an installed NVIDIA Apex; "
+            "start from another folder, or remove it from PYTHONPATH"
         )
     raise ConfigError(
         f"the package apex in {where} is not NVIDIA Apex but PyPI's project of the same name, and "
-        "Megatron would take it for NVIDIA's; run `pip uninstall apex` (NVIDIA Apex comes with "
+        "Megatron would mistake it for NVIDIA's; run `pip uninstall apex` (NVIDIA Apex comes with "
         "NVIDIA's NGC PyTorch images, and is not needed)"
     )
 
 
 def hide_accelerators() -> None:
-    """Let Megatron find neither package: on a CPU their kernels have nothing to run on."""
+    """Hide both packages from Megatron: their kernels cannot run on a CPU."""
     for name in ("apex", "transformer_engine"):
         sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]
 
 
-@functools.cache  # an import that fails would be tried again by every caller
+@functools.cache  # otherwise every caller would retry an import that fails
 def find_accelerators() -> Accelerators:
-    """Look for the packages; imports Transformer Engine, which finds out whether it works."""
+    """Look for the packages, importing Transformer Engine to find out whether it works."""
     apex = check_apex()
     fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     if sys.modules.get("transformer_engine", "") is None:
@@ -89,7 +89,7 @@ def find_accelerators() -> Accelerators:
 
 
 def gpu_defaults(found: Accelerators) -> dict[str, Any]:
-    """Defaults of Megatron's flags that need a package which is missing."""
+    """Return new defaults for the flags of Megatron that need a missing package."""
     defaults: dict[str, Any] = {}
     if found.transformer_engine is None:
         defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
@@ -101,10 +101,10 @@ def gpu_defaults(found: Accelerators) -> dict[str, Any]:
 
 
 def check_accelerators(args: Namespace, found: Accelerators) -> None:
-    """Refuse flags that ask for a package which is missing.
+    """Refuse flags that need a missing package.
 
     Raises:
-        ConfigError: with the flag, the package, and why a broken one does not load.
+        ConfigError: names the flag, the package, and why a broken package does not load.
     """
     needs = {
         "--transformer-impl transformer_engine": args.transformer_impl == "transformer_engine",
@@ -122,12 +122,12 @@ def check_accelerators(args: Namespace, found: Accelerators) -> None:
         if asked and args.transformer_impl == "local":
             raise ConfigError(
                 f"{flag} needs Transformer Engine's layers; give --transformer-impl "
-                "transformer_engine (the default where it is installed) or drop the flag"
+                "transformer_engine (the default if it is installed) or drop the flag"
             )
 
 
 def describe(found: Accelerators, args: Namespace) -> str:
-    """The one line that says whose layers run."""
+    """Say in one line which layers run."""
     if args.transformer_impl == "transformer_engine":
         layers = f"Transformer Engine {found.transformer_engine}"
     elif found.broken:

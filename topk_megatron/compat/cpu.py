@@ -1,13 +1,13 @@
-"""Megatron on a machine without CUDA: its ``torch.cuda`` calls are served by the CPU.
+"""Megatron on a machine without CUDA: the CPU serves its ``torch.cuda`` calls.
 
-The training code that runs is Megatron's own; only the device underneath is another, the way vendor
-back ends put Megatron on other chips. Every patch for this device sits in this file and in
-`topk_megatron.compat.patches`, each with its reason. Written for torch 2.10 to 2.14 and
+The training code is Megatron's own; only the device underneath differs, as in the vendor back ends
+that put Megatron on other chips. Every patch for this device is in this file or in
+`topk_megatron.compat.patches`, each with its reason. They are written for torch 2.10 to 2.14 and
 megatron-core 0.19.
 
-Only Megatron may believe in a CUDA device. Other libraries in the process (transformers, torch's
-own modules) call the same functions, and one that finds a device that is not there chooses it.
-Each patched function therefore looks at its caller, and is torch's own for everybody else.
+Only Megatron may see a CUDA device. Other libraries in the process (transformers, torch's own
+modules) call the same functions, and would choose a device that does not exist. Each patched
+function therefore checks its caller, and behaves as torch's own for all others.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _FACTORIES = [
 ]
 
 
-# Top-level packages for which the CPU stands in for a CUDA device; a script is its job's own.
+# Top-level packages that see the CPU as a CUDA device. __main__ is the script that runs the job.
 _SERVED = ("megatron", "topk_megatron", "__main__")
 
 
@@ -68,11 +68,11 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def _keep_device_contexts() -> None:
-    """Let ``with torch.device(...)`` know torch's own factories before they are replaced.
+    """Register torch's own factories for ``with torch.device(...)`` before they are replaced.
 
-    The context recognises a factory by identity, from a set that torch makes when a context is
-    first entered. Made after the patches, it would hold our wrappers, and no tensor would follow a
-    context any more: a model built on the meta device would get memory that nobody fills.
+    The context recognises a factory by identity, from a set that torch builds when a context is
+    first entered. Built after the patches, the set would hold our wrappers, and no tensor would
+    follow a context any more: a model built on the meta device would get uninitialised memory.
     """
     from torch.utils import _device
 
@@ -80,13 +80,13 @@ def _keep_device_contexts() -> None:
 
 
 def _is_served() -> bool:
-    """Whether the caller of a patched function is Megatron or this project."""
+    """Return whether the caller of a patched function is Megatron or this project."""
     caller = sys._getframe(2).f_globals.get("__name__", "")
     return caller.partition(".")[0] in _SERVED
 
 
 def _for_megatron(answer: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`answer` where Megatron calls, `stock` elsewhere."""
+    """Return a function that calls `answer` for Megatron and `stock` for others."""
 
     @functools.wraps(stock)
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _constant(value: Any) -> Callable[..., Any]:
-    # A new function at every call: torch._dynamo maps functions to rules and refuses one object
+    # A new function for every name: torch._dynamo maps functions to rules, and refuses one object
     # under two names.
     return lambda *_, **__: value
 
@@ -131,7 +131,7 @@ def _patch_cuda_functions() -> None:
         total_memory=total_memory,
         multi_processor_count=os.cpu_count(),
     )
-    # Megatron asserts that CUDA is available and asks for one device a local rank.
+    # Megatron asserts that CUDA is available, and expects one device per local rank.
     cuda.is_available = _for_megatron(lambda: True, cuda.is_available)
     cuda.is_initialized = _for_megatron(lambda: True, cuda.is_initialized)
     cuda.device_count = _for_megatron(
@@ -145,14 +145,14 @@ def _patch_cuda_functions() -> None:
         setattr(cuda, name, _constant(None))
     cuda.device = lambda *_: contextlib.nullcontext()
     cuda.is_current_stream_capturing = _constant(False)
-    # Memory figures in logs are the process's resident set, in bytes: the CPU's nearest equivalent.
+    # Logs show the process's resident set in bytes, the CPU's nearest equivalent.
     for name in ("memory_allocated", "memory_reserved", "device_memory_used"):
         setattr(cuda, name, lambda *_, **__: _resident_bytes())
     for name in ("max_memory_allocated", "max_memory_reserved"):
         setattr(cuda, name, lambda *_, **__: _peak_resident_bytes())
     cuda.memory_stats = lambda *_, **__: _MemoryStats()
     cuda.reset_peak_memory_stats = _constant(None)
-    # One generator stands for both: operators on CPU tensors draw from the default one only.
+    # One generator serves both devices: operators on CPU tensors draw from the default one only.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
     cuda.manual_seed_all = _constant(None)
     for module in (cuda, cuda.random):
@@ -164,7 +164,7 @@ def _patch_cuda_functions() -> None:
 
 
 class _MemoryStats(dict[str, int]):
-    """`torch.cuda.memory_stats` as Megatron's log reads it; unknown counters are 0."""
+    """The counters of `torch.cuda.memory_stats` that Megatron logs; all others are 0."""
 
     def __missing__(self, key: str) -> int:
         if key.endswith("bytes.all.current"):
@@ -175,7 +175,7 @@ class _MemoryStats(dict[str, int]):
 
 
 class _Stream:
-    """Work on the CPU is done when its call returns, so that a stream has nothing to order."""
+    """A stream without effect: work on the CPU is done when its call returns."""
 
     cuda_stream = 0
 
@@ -212,7 +212,7 @@ class _Event:
         return True
 
     def elapsed_time(self, end: "_Event") -> float:
-        """Milliseconds, as `torch.cuda.Event.elapsed_time`."""
+        """Return milliseconds, as `torch.cuda.Event.elapsed_time` does."""
         return 1e3 * (end._recorded - self._recorded)
 
 
@@ -283,7 +283,7 @@ def _patch_tensor_methods() -> None:
 
 
 class _TensorType(type):
-    """A stand-in for `torch.cuda.FloatTensor` and its kin in isinstance() checks."""
+    """A type like `torch.cuda.FloatTensor`, for isinstance() checks."""
 
     dtype: torch.dtype
 
@@ -292,7 +292,7 @@ class _TensorType(type):
 
 
 def _patch_tensor_types() -> None:
-    # Float16Module converts its inputs where isinstance says that they are of these types.
+    # Float16Module converts the inputs that isinstance() reports to be of these types.
     names = {"FloatTensor": torch.float32, "HalfTensor": torch.float16}
     names["BFloat16Tensor"] = torch.bfloat16
     for name, dtype in names.items():
@@ -300,8 +300,8 @@ def _patch_tensor_types() -> None:
 
 
 def _patch_accelerator() -> None:
-    # torch's own code (DataLoader, checkpoint, distributed) must go on seeing a machine without
-    # an accelerator, whatever torch.cuda.is_available() tells Megatron.
+    # torch's own code (DataLoader, checkpoint, distributed) must still see a machine without an
+    # accelerator, whatever torch.cuda.is_available() reports to Megatron.
     accelerator: Any = torch.accelerator
     accelerator.is_available = _constant(False)
     accelerator.current_accelerator = _constant(None)
@@ -310,8 +310,8 @@ def _patch_accelerator() -> None:
 
 def _patch_data_loader() -> None:
     # A DataLoader draws a seed from the CPU generator when it is iterated. On a GPU machine no
-    # model uses that generator; here dropout does, and a resumed run, which restores the generator
-    # before it opens its data, would go on with other masks than the interrupted run.
+    # model uses that generator. Here dropout does, and a resumed run, which restores the generator
+    # before it opens its data, would continue with different masks from the interrupted run.
     loader: Any = torch.utils.data.DataLoader
     original = loader.__iter__
 

@@ -1,9 +1,10 @@
-"""Every change to Megatron, for megatron-core 0.19; each with its reason.
+"""Every change to megatron-core 0.19, each with its reason.
 
 Nothing outside compat/ assigns to a module or class of Megatron or torch
-(tests/test_architecture.py checks it); `topk_megatron.compat.cpu` holds the changes to torch for
-machines without CUDA. Check a new version of Megatron here: each function names what it replaces
-and the file in which to look. `replaced` lists what is replaced in this process.
+(tests/test_architecture.py checks this). `topk_megatron.compat.cpu` has the changes to torch for
+machines without CUDA. To move to a new version of Megatron, check each function here: it names the
+function that it replaces and the file to look in. `replaced` lists the replacements made in this
+process.
 """
 
 import functools
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 
-# What is replaced in this process, as "module.name".
+# The functions replaced in this process, as "module.name".
 replaced: list[str] = []
 
 
 def _wrap(module: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
-    """Replace a function of a module by what `make` builds from it."""
+    """Replace a module's function with the one that `make` builds from it."""
     original = getattr(module, name)
     setattr(module, name, functools.wraps(original)(make(original)))
     replaced.append(f"{module.__name__}.{name}")
@@ -40,10 +41,9 @@ def _argument_reader(function: Callable[..., Any], name: str) -> Callable[[Any, 
 def wrap_schedule(run_step: Callable[..., Any]) -> None:
     """Let ``run_step(schedule, *args, **kwargs)`` run every step of Megatron's schedule.
 
-    Megatron asks for its schedule once before training and in every evaluation, on every rank,
-    after the process groups are made, and offers no hook for the beginning of a step. `pretrain()`
-    accepts a P2PCommunicator, but one needs a pipeline group, and the groups are made inside
-    `pretrain()`.
+    Every rank asks for the schedule once before training and in every evaluation, after the process
+    groups are made. Megatron offers no hook for the start of a step. `pretrain()` accepts a
+    P2PCommunicator, but that needs a pipeline group, and `pretrain()` itself makes the groups.
     """
     from megatron.training import training
 
@@ -54,10 +54,10 @@ def wrap_schedule(run_step: Callable[..., Any]) -> None:
 
 
 def after_training_log(callback: Callable[[int], None]) -> None:
-    """Call ``callback(iteration)`` on every rank after every step (iteration from 1).
+    """Call ``callback(iteration)`` on every rank after every step, counted from 1.
 
-    Megatron calls `training_log` there and offers no hook. The forward step is no place for a
-    collective: pipeline stages reach it at different times.
+    Megatron calls `training_log` there, and offers no hook. A collective cannot go into the forward
+    step, which pipeline stages reach at different times.
     """
     from megatron.training import training
 
@@ -77,8 +77,8 @@ def after_training_log(callback: Callable[[int], None]) -> None:
 def on_exit_decision(callback: Callable[[int], None]) -> None:
     """Call ``callback(iteration)`` on every rank when Megatron decides to leave its loop.
 
-    Megatron exits with 0 whether it is done or was asked to stop, and returns the decision from one
-    place (`checkpoint_and_decide_exit`).
+    Megatron exits with 0 whether it is done or was asked to stop. One function,
+    `checkpoint_and_decide_exit`, returns the decision.
     """
     from megatron.training import training
 
@@ -99,7 +99,8 @@ def on_exit_decision(callback: Callable[[int], None]) -> None:
 def wrap_save(run_save: Callable[..., Any]) -> None:
     """Let ``run_save(save_checkpoint, iteration, *args, **kwargs)`` run every save.
 
-    Both modules hold the function under the same name (megatron/training/checkpointing.py).
+    The function is defined in megatron/training/checkpointing.py and imported by name into
+    megatron/training/training.py, so both modules need the replacement.
     """
     from megatron.training import checkpointing, training
 
@@ -114,10 +115,10 @@ def wrap_save(run_save: Callable[..., Any]) -> None:
 
 
 def skip_dataset_compiler() -> None:
-    """Skip Megatron's `make` of its dataset helpers where the wheel brought them built.
+    """Skip Megatron's `make` of its dataset helpers if the wheel contains them built.
 
-    The wheel lacks the Makefile that `compile_helpers` runs, so that every pip install would exit
-    at start-up (megatron/core/datasets/utils.py).
+    The wheel lacks the Makefile that `compile_helpers` needs, so every pip install would exit at
+    start-up (megatron/core/datasets/utils.py).
     """
     from megatron.core.datasets import utils
 
@@ -129,8 +130,8 @@ def mark_saves_incomplete() -> None:
     """Mark a checkpoint that is about to be overwritten as incomplete.
 
     A run that went back to an earlier checkpoint saves some iterations a second time. Megatron
-    leaves the old ``metadata.json`` in place meanwhile, so that a kill would leave a mixture that
-    looks complete (megatron/core/dist_checkpointing/serialization.py).
+    keeps the old ``metadata.json`` meanwhile, so a kill would leave a mixture that looks complete
+    (megatron/core/dist_checkpointing/serialization.py).
     """
     from megatron.core import dist_checkpointing
 
@@ -149,7 +150,7 @@ def mark_saves_incomplete() -> None:
 
 
 def repair_help(parser: ArgumentParser) -> None:
-    """Escape percent signs that Megatron left bare in help texts; they make ``--help`` crash."""
+    """Escape bare percent signs in Megatron's help texts, which make ``--help`` crash."""
     formatter: Any = parser._get_formatter()
     for action in parser._actions:
         try:
@@ -164,8 +165,8 @@ def repair_help(parser: ArgumentParser) -> None:
 def use_cpu_generator() -> None:
     """Make Megatron's RNG tracker use the CPU generator.
 
-    The tracker reaches for torch._C and torch.cuda.default_generators, beyond what
-    `topk_megatron.compat.cpu` replaces (megatron/core/tensor_parallel/random.py).
+    The tracker uses torch._C and torch.cuda.default_generators, which `topk_megatron.compat.cpu`
+    does not replace (megatron/core/tensor_parallel/random.py).
     """
     from megatron.core.tensor_parallel import random as megatron_random
 
@@ -178,7 +179,7 @@ def use_cpu_generator() -> None:
     _wrap(megatron_random, "_get_cuda_rng_state", lambda _: get_state)
     _wrap(megatron_random, "_set_cuda_rng_state", lambda _: set_state)
     # With one generator for both devices, the tracker's warning that the CPU state changed inside
-    # a fork is always true and never of interest.
+    # a fork is always true and never useful.
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

@@ -1,7 +1,7 @@
 """Chooses the device layer once, before Megatron is imported.
 
-Megatron reads ``torch.cuda`` while its modules are imported (for example the tuples of tensor types
-in ``megatron/core/transformer/module.py``), so the choice cannot wait for the arguments.
+Megatron reads ``torch.cuda`` while its modules are imported (for example for the tuples of tensor
+types in ``megatron/core/transformer/module.py``), so the choice cannot wait for the arguments.
 """
 
 import os
@@ -15,13 +15,13 @@ _prepared: str | None = None
 
 
 def prepare_device() -> str:
-    """Switch the CPU layer on when this machine has no CUDA device; do nothing otherwise.
+    """Switch the CPU layer on if this machine has no CUDA device; safe to call more than once.
 
     Returns:
-        ``"cuda"`` or ``"cpu"``. Safe to call more than once.
+        ``"cuda"`` or ``"cpu"``.
 
     Raises:
-        ConfigError: another package than NVIDIA's is installed under the name `apex`.
+        ConfigError: if a package other than NVIDIA's is installed under the name `apex`.
     """
     global _prepared
     if _prepared is None:
@@ -37,12 +37,12 @@ def prepare_device() -> str:
 
 
 def _set_environment() -> None:
-    # Megatron decorates small functions with torch.compile; without a GPU that costs a compiler
-    # run in every process and gains nothing. Read when torch._dynamo is first imported.
+    # Megatron decorates small functions with torch.compile. Without a GPU that costs a compiler
+    # run in every process and gains nothing. torch._dynamo reads this when it is first imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron asserts this for tensor parallelism, for the order of CUDA launches.
+    # Megatron asserts this under tensor parallelism, for the order of CUDA launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Said by a dozen modules of Megatron, each in every rank; expected where there is no GPU.
+    # A dozen modules of Megatron warn of this on every rank; without a GPU it is expected.
     warnings.filterwarnings(
         "ignore", message="(Transformer Engine and )?Apex (is|are) not installed"
     )

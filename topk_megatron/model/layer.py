@@ -1,11 +1,11 @@
 """A transformer layer with its TopK: on its output, inside its MLP, or both.
 
-On the residual stream the layer's output is its k largest neurons:
+On the residual stream, the TopK follows the MLP's residual add (paper, section 3):
 
-``h_l = TopK(h_{l-1} + Attention(...) + MLP(...))``: the activation follows the MLP's residual add
-(paper, section 3). The hidden dimension is never split over ranks at this point, also under tensor,
-sequence and context parallelism, so that no communication is needed. The MLP's TopK is
-`topk_megatron.model.mlp`.
+``h_l = TopK(h_{l-1} + Attention(...) + MLP(...))``
+
+There the hidden dimension is never split over ranks, not even under tensor, sequence or context
+parallelism, so no communication is needed. `topk_megatron.model.mlp` has the MLP's TopK.
 """
 
 import functools
@@ -19,10 +19,10 @@ from topk_megatron.model.runtime import TopKRuntime
 
 
 class TopKLayerMixin:
-    """Adds the TopK to any of Megatron's transformer layers; has no parameters of its own.
+    """Adds a TopK without parameters to any of Megatron's transformer layers.
 
-    It hooks `_forward_post_mlp` (megatron/core/transformer/transformer_layer.py), through which
-    dense and MoE layers, CUDA-graph replay and the overlapped expert-parallel schedule all leave.
+    It hooks `_forward_post_mlp` (megatron/core/transformer/transformer_layer.py), the exit that
+    dense and MoE layers, CUDA-graph replay and the overlapped expert-parallel schedule share.
     """
 
     def __init__(self, *args: Any, topk: TopKRuntime, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class TopKLayerMixin:
                 add_topk(self.mlp, topk.config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _forward_post_mlp(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns: [s, b, h], or [s / tp, b, h] under sequence parallelism."""
+        """Return the layer's output: [s, b, h], or [s / tp, b, h] under sequence parallelism."""
         hidden_states: Tensor = super()._forward_post_mlp(*args, **kwargs)  # pyright: ignore
         if self.topk_layer not in self.topk.config.residual_layers:
             return hidden_states
@@ -46,13 +46,13 @@ class TopKLayerMixin:
 
 
 def global_layer_number(layer: Any) -> int:
-    """Megatron's layer number, 1-based and global, as ours: counted from 0."""
+    """Convert Megatron's global layer number, counted from 1, to ours, counted from 0."""
     return layer.layer_number - 1
 
 
 @functools.cache
 def with_topk(layer_class: type[TransformerLayer]) -> type[TransformerLayer]:
-    """The TopK form of a transformer layer class (dense, MoE, or a user's own subclass)."""
+    """Return the TopK form of a transformer layer class (dense, MoE, or a user's own subclass)."""
     return type(f"TopK{layer_class.__name__}", (TopKLayerMixin, layer_class), {})
 
 

@@ -1,11 +1,11 @@
-"""TopK on the activation inside the MLP (docs/mlp.md): dense and gated MLPs, every kind of expert.
+"""TopK on the activation inside the MLP (docs/mlp.md), for dense, gated and expert MLPs.
 
 Megatron's MLP computes fc1, the activation and fc2 in one method, in five fused and unfused ways.
-The TopK is therefore a module of the MLP that runs when fc2 is called, on fc2's input: all the ways
-end there. Experts multiply their activation by the token's routing weight before fc2; the MLP is
-called without the weight and this module multiplies after the TopK, as Megatron would have.
+All of them end in a call of fc2, so the TopK is a module of the MLP that runs on fc2's input.
+Experts multiply their activation by the token's routing weight before fc2. Here the MLP is called
+without the weight, and this module multiplies by it after the TopK, as Megatron would have.
 
-Shapes: x_TP tokens (any leading dimensions) by P = F / p units of this tensor-parallel rank.
+Shapes: x_TP has T tokens (any leading dimensions) and P = F / p units of this tensor-parallel rank.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from topk_megatron.parallel.tensor import global_topk_mask, grouped_topk_mask
 
 
 class TopKActivation(nn.Module):
-    """The TopK of one MLP; has no parameters.
+    """The TopK of one MLP, without parameters.
 
     Attributes:
         config: settings of the model.
-        group: the MLP's tensor-parallel group (for experts, the expert's).
+        group: tensor-parallel group of the MLP; for an expert, the experts' group.
     """
 
     def __init__(self, config: TopKConfig, group: Any) -> None:
@@ -34,7 +34,7 @@ class TopKActivation(nn.Module):
         self._weights: Tensor | None = None
 
     def forward(self, x_TP: Tensor) -> Tensor:
-        """The activation after the product with its gate; returns it on S and +0 elsewhere."""
+        """Keep the gated activation on S and return +0 elsewhere."""
         k, groups, mode = self.config.mlp_k, self.config.mlp_groups, self.config.mode
         assert k is not None
         if groups is None:
@@ -43,14 +43,14 @@ class TopKActivation(nn.Module):
         return grouped_topk_mask(x_TP, k // size, groups // size, mode=mode)
 
     def attach(self, mlp: MLP) -> None:
-        """Run on every call of the MLP's fc2."""
+        """Make this module run on every call of the MLP's fc2."""
         mlp.register_forward_pre_hook(self._take_weights, with_kwargs=True)
         fc2: Any = mlp.linear_fc2
         fc2.register_forward_pre_hook(self._before_fc2)
         mlp.register_forward_hook(self._weigh_bias)
 
     def _take_weights(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep the routing weights back from the MLP."""
+        """Withhold the routing weights from the MLP."""
         names = ("hidden_states", "per_token_scale")
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._weights = inputs.pop("per_token_scale", None)
@@ -66,22 +66,22 @@ class TopKActivation(nn.Module):
         weights, self._weights = self._weights, None
         if weights is None or not isinstance(output, tuple) or output[1] is None:
             return output
-        # An expert's bias is weighed too, and added here (megatron/core/transformer/mlp.py).
+        # An expert's bias is weighted too, and added here (megatron/core/transformer/mlp.py).
         return output[0] + output[1].unsqueeze(0) * weights.unsqueeze(-1), None
 
 
 def add_topk(layer: torch.nn.Module, config: TopKConfig) -> None:
-    """Give every MLP of a transformer layer (its experts, if it has any) its TopK.
+    """Give every MLP of a transformer layer, experts included, its TopK.
 
     Raises:
-        ConfigError: the layer's MLP is a fused one that cannot be entered, or a width or layout
-            that the settings do not fit.
+        ConfigError: if the layer's MLP is fused, so that the TopK cannot enter it, or its width or
+            layout does not fit the settings.
     """
     mlps = [module for module in layer.modules() if isinstance(module, MLP)]
     if not mlps:
         raise ConfigError(
-            "--topk-site mlp finds no MLP that it can enter in this layer (grouped or fused "
-            "experts); use --topk-site residual, or drop --moe-grouped-gemm and --use-te-op-fuser"
+            "--topk-site mlp cannot enter any MLP of this layer (its experts are grouped or "
+            "fused); use --topk-site residual, or drop --moe-grouped-gemm and --use-te-op-fuser"
         )
     for mlp in mlps:
         group: Any = mlp.tp_group
@@ -92,16 +92,16 @@ def add_topk(layer: torch.nn.Module, config: TopKConfig) -> None:
 
 
 def local_width(mlp: MLP) -> int:
-    """Units of the MLP's inner dimension on this rank."""
+    """Return the number of units of the MLP's inner dimension on this rank."""
     rows: int = mlp.linear_fc1.weight.shape[0]  # pyright: ignore
     return rows // 2 if mlp.config.gated_linear_unit else rows
 
 
 def check_fit(config: TopKConfig, width: int, tensor_parallel_size: int) -> None:
-    """Whether an inner dimension of `width` units can be selected from as the settings say.
+    """Check that the settings fit an inner dimension of `width` units.
 
     Raises:
-        ConfigError: says which number to change.
+        ConfigError: if they do not; the message says which number to change.
     """
     assert config.mlp_k is not None
     if config.mlp_k > width:
@@ -118,6 +118,6 @@ def check_fit(config: TopKConfig, width: int, tensor_parallel_size: int) -> None
     if groups % tensor_parallel_size:
         raise ConfigError(
             f"--topk-mlp-groups {groups} cannot be split over {tensor_parallel_size} "
-            "tensor-parallel ranks; use a multiple of the tensor-parallel size, or leave the flag "
-            "out for a selection over all ranks"
+            "tensor-parallel ranks; use a multiple of the tensor-parallel size, or drop the flag "
+            "to select over all ranks"
         )

@@ -1,12 +1,12 @@
 """Cheap statistics of one TopK layer on one rank, gathered in the forward pass.
 
-Every step looks which neurons fired; the norms are taken only in the steps that will be logged.
+Every step records which neurons fired; norms are computed only in steps that are logged.
 """
 
 import torch
 from torch import Tensor
 
-# Neurons of a rank that does not hold the layer must not win the minimum over ranks.
+# A rank that does not hold the layer must not win the minimum over ranks.
 NEVER_SEEN = torch.iinfo(torch.int64).max // 2
 
 
@@ -14,8 +14,12 @@ class LayerProbe:
     """Density, kept energy, and tokens since each neuron last fired.
 
     Attributes:
-        sums: float64 [4]: nonzero outputs, outputs, squared norm kept, squared norm before.
-        silent_tokens: int64 [h]: tokens, counted over the whole job, since the neuron was nonzero.
+        hidden_size: h, the number of neurons.
+        measuring: whether `observe` also adds to `sums`.
+        sums: float64 [4]: number of nonzero outputs, number of outputs, squared norm after the TopK
+            and before it; None until measured.
+        silent_tokens: int64 [h]: tokens of the whole job since each neuron was last nonzero; None
+            before the first step.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -27,12 +31,16 @@ class LayerProbe:
 
     @torch.no_grad()
     def observe(self, before: Tensor, after: Tensor) -> None:
-        """Take note of one microbatch; before and after: [..., h].
+        """Record one microbatch.
 
-        Recomputation of activations observes a microbatch twice, which changes none of the ratios.
+        Activation recomputation observes a microbatch twice, which changes none of the ratios.
+
+        Args:
+            before: [..., h], the input of the TopK.
+            after: [..., h], its output.
         """
         rows = after.detach().reshape(-1, self.hidden_size)
-        # Two reads, and still ten times cheaper on a CPU than any() or a norm over this dimension.
+        # Two passes, yet ten times cheaper on a CPU than any() or a norm over this dimension.
         fired = (rows.amax(dim=0) != 0) | (rows.amin(dim=0) != 0)
         self._fired = fired if self._fired is None else self._fired | fired
         if self.measuring:
@@ -54,12 +62,12 @@ class LayerProbe:
             self.silent_tokens = torch.zeros(
                 self.hidden_size, dtype=torch.int64, device=self._fired.device
             )
-        # In place and without a read-back: nothing here waits for the device.
+        # In place and without reading values back, so that nothing waits for the device.
         self.silent_tokens.add_(tokens).masked_fill_(self._fired, 0)
         self._fired = None
 
     def take_sums(self, device: torch.device) -> Tensor:
-        """Return and clear `sums`; zeros where nothing was measured."""
+        """Return `sums` and clear them; return zeros if nothing was measured."""
         sums, self.sums = self.sums, None
         return torch.zeros(4, dtype=torch.float64, device=device) if sums is None else sums
 

@@ -1,4 +1,4 @@
-"""What the TopK layers of one model share while they run: settings, the current k, probes, S."""
+"""State that the TopK layers of one model share: settings, the current k, probes, selections."""
 
 from torch import Tensor
 
@@ -9,25 +9,25 @@ from topk_megatron.parallel.selection import Selection, SelectionRegistry
 
 
 class TopKRuntime:
-    """Holds the current k, a probe for each TopK layer on this rank, and their selections.
+    """Holds the current k, and the probes and selections of the TopK layers on this rank.
 
-    One object serves all model chunks of a rank. Whoever runs a step calls `begin_step` once before
-    it; everyone else only reads `k`.
+    One object serves all model chunks of a rank. Whatever runs a step calls `begin_step` once
+    before it; everything else only reads `k`.
 
     Attributes:
-        config: the settings of the model.
+        config: settings of the model.
         probing: whether layers gather statistics.
-        probes: the statistics of each TopK layer of this rank, by layer number.
-        k: neurons that survive in the current step.
-        selections: the registry of S, for transport and saving.
+        probes: statistics of each TopK layer on this rank, by layer number.
+        k: number of neurons that survive in the current step.
+        selections: registry of the selections S, for transport and saving.
     """
 
     def __init__(self, config: TopKConfig, *, probing: bool = True) -> None:
         """Start with the k of the first step.
 
         Args:
-            config: validated settings.
-            probing: False switches the statistics off.
+            config: settings of the model.
+            probing: whether to gather statistics.
         """
         self.config = config
         self.probing = probing
@@ -36,11 +36,11 @@ class TopKRuntime:
         self.selections = SelectionRegistry()
 
     def begin_step(self, iteration: int, *, measuring: bool = False) -> None:
-        """Set k, the only place that does; forget the selections of the step before.
+        """Set k, which nothing else does, and forget the previous step's selections.
 
         Args:
             iteration: number of the step, counted from 0.
-            measuring: whether the probes also take norms in this step.
+            measuring: whether the probes also compute norms in this step.
         """
         self.k = k_at(self.config, iteration)
         self.selections.clear()
@@ -48,7 +48,7 @@ class TopKRuntime:
             probe.measuring = measuring
 
     def register(self, layer: int) -> None:
-        """Announce a TopK layer built on this rank, numbered from 0 over the whole model."""
+        """Register a TopK layer of this rank, numbered from 0 over the whole model."""
         if layer in self.config.residual_layers:
             self.probes[layer] = LayerProbe(self.config.hidden_size)
 
@@ -58,7 +58,7 @@ class TopKRuntime:
         Args:
             hidden_states: [s, b, h] or any [..., h], the layer's output after its residual add.
             layer: number of the layer, counted from 0.
-            training: whether to update the layer's probe; evaluation leaves it alone.
+            training: whether to update the layer's probe; evaluation does not.
 
         Returns:
             The k largest neurons of each token, +0 elsewhere; same shape and dtype.

@@ -1,7 +1,7 @@
 """Puts TopK layers into the spec that Megatron chose: local or Transformer Engine, dense or MoE.
 
-`GPTModelConfig.transformer_layer_spec` accepts a callable; ours asks Megatron for its own default
-spec and exchanges the class of the chosen layers, so that everything else stays stock.
+`GPTModelConfig.transformer_layer_spec` accepts a callable. Ours asks Megatron for its default spec
+and replaces the class of the chosen layers; everything else stays stock.
 """
 
 import functools
@@ -33,7 +33,7 @@ LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
-    """Make `config` build TopK layers, on top of the spec it has (``--spec``); returns it."""
+    """Make `config` build TopK layers on top of its own spec (``--spec``), and return it."""
     config.transformer_layer_spec = functools.partial(  # pyright: ignore[reportAttributeAccessIssue]
         topk_layer_spec, runtime, config.transformer_layer_spec
     )
@@ -41,9 +41,10 @@ def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
 
 
 def build_model(args: Any, runtime: TopKRuntime | None) -> Any:
-    """One model chunk from Megatron's arguments; stock layers where `runtime` is None.
+    """Build one model chunk from Megatron's arguments, of stock layers if `runtime` is None.
 
-    For whoever needs a model without a training run; process groups must be initialised.
+    This serves callers that need a model without a training run. Process groups must be
+    initialised.
     """
     config: Any = gpt_config_from_args(args)
     if runtime is not None:
@@ -55,10 +56,10 @@ def build_model(args: Any, runtime: TopKRuntime | None) -> Any:
 def topk_layer_spec(
     runtime: TopKRuntime, stock: Any, config: GPTModelConfig, vp_stage: int | None = None
 ) -> LayerSpec:
-    """The spec of the layers in one model chunk of this rank.
+    """Return the spec of the layers in one model chunk of this rank.
 
-    Without a TopK layer in the model it is Megatron's own spec, untouched but for norms that could
-    not run sequence parallel.
+    If the model has no TopK layer, this is Megatron's own spec, except that norms which could not
+    run sequence parallel are replaced.
     """
     spec = _stock_spec(stock, config, vp_stage)
     transformer = config.transformer
@@ -83,7 +84,7 @@ def _stock_spec(stock: Any, config: GPTModelConfig, vp_stage: int | None) -> Lay
 def _as_block(
     spec: LayerSpec, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """One spec a layer, as Megatron's block expands a single one."""
+    """Expand a single spec into one per layer, as Megatron's block does."""
     if isinstance(spec, TransformerBlockSubmodules):
         return spec
     if config.attention_backend == AttnBackend.local:
@@ -121,7 +122,7 @@ def _topk_spec(spec: ModuleSpec, runtime: TopKRuntime) -> ModuleSpec:
 
 
 def _layer_numbers(config: TransformerConfig, vp_stage: int | None, count: int) -> list[int]:
-    """Numbers, from 0 over the whole model, of the layers in this rank's model chunk."""
+    """Return the numbers, from 0 over the whole model, of the layers in this rank's chunk."""
     if config.pipeline_model_parallel_layout is not None:
         return config.pipeline_model_parallel_layout.get_layer_id_list(  # pyright: ignore
             layer_type=LayerType.decoder, vp_stage=vp_stage
@@ -131,7 +132,7 @@ def _layer_numbers(config: TransformerConfig, vp_stage: int | None, count: int) 
 
 
 def _with_sequence_parallel_norms(spec: Any) -> Any:
-    """A copy of a spec tree in which Megatron's torch norm is replaced by ours."""
+    """Return a copy of a spec tree with Megatron's torch norm replaced by ours."""
     if spec is WrappedTorchNorm:
         return SequenceParallelNorm
     if isinstance(spec, list):
@@ -157,11 +158,11 @@ class SequenceParallelNorm:
 
     Megatron's own wrapper refuses sequence parallelism (megatron/core/transformer/torch_norm.py):
     the norm's weight sees only this rank's share of the sequence, so its gradient must be summed
-    over tensor-parallel ranks. Megatron does that for parameters that carry ``sequence_parallel``
-    (see `finalize_model_grads`); this norm marks them.
+    over tensor-parallel ranks. Megatron sums the gradients of parameters marked
+    ``sequence_parallel`` (see `finalize_model_grads`), and this norm marks its own.
 
     Raises:
-        ConfigError: a normalisation or an option that torch's norms do not have.
+        ConfigError: if torch's norms lack the normalisation or an option.
     """
 
     def __new__(
@@ -169,8 +170,8 @@ class SequenceParallelNorm:
     ) -> torch.nn.Module:
         if config.normalization not in _NORMS:
             raise ConfigError(
-                f"--normalization {config.normalization} needs Transformer Engine with "
-                f"--sequence-parallel; here it must be one of {', '.join(_NORMS)}"
+                f"--normalization {config.normalization} with --sequence-parallel needs "
+                f"Transformer Engine; without it, use one of {', '.join(_NORMS)}"
             )
         for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
             if getattr(config, option):

@@ -1,1 +1,1 @@
-"""What parallelism gains from sparsity, and what sparsity needs from parallelism."""
+"""Sparse transport and saved activations, and TopK over tensor-parallel ranks."""

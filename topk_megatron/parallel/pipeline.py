@@ -1,14 +1,13 @@
 """Sparse transport between pipeline stages: k values of H forward, k gradient entries back.
 
-`SparseP2PCommunicator` is Megatron's `P2PCommunicator` with another content of the messages. At a
-boundary after a TopK layer the hidden state's entries off S are zero, so that its k values and S
-are all of it; and of its gradient only the entries on S survive the TopK's backward. The transport
-is lossless, and losses and weight gradients are bitwise those of dense transport. Everywhere else,
-and while k is so large that nothing is gained, messages are dense.
+`SparseP2PCommunicator` is Megatron's `P2PCommunicator` with different message contents. After a
+TopK layer the hidden state is zero off S, so its k values and S describe it completely. Of its
+gradient, only the entries on S survive the TopK's backward pass. The transport is lossless: losses
+and weight gradients are bitwise those of dense transport. At all other boundaries, and while k is
+too large to save anything, messages are dense.
 
-What a message looks like is `topk_megatron.parallel.wire`, which one comes when is
-`topk_megatron.parallel.stages`. S of each microbatch in flight is kept on both sides until its
-gradient has passed.
+`topk_megatron.parallel.wire` defines the messages and `topk_megatron.parallel.stages` their order.
+Both sides keep the S of each microbatch in flight until its gradient has passed.
 """
 
 from collections import deque
@@ -36,21 +35,21 @@ from topk_megatron.parallel.wire import (
 
 
 class Arrival:
-    """A request that is in the way `wait` sees it: once, then the message is unpacked."""
+    """A request that unpacks its message when it is first waited for."""
 
     def __init__(self, request: Any, peer: str, finish: Callable[[], None] | None) -> None:
         self._request, self._peer, self._finish = request, peer, finish
 
     def wait(self) -> None:
-        """Block until the message is there and unpacked, or sent; may be called again."""
+        """Block until the message is sent, or received and unpacked; may be called again."""
         if self._request is None:
             return
         try:
             self._request.wait()
         except RuntimeError as error:
             raise TransportError(
-                f"pipeline rank lost in mid-transfer: the one with {self._peer} was not finished "
-                f"({' '.join(str(error).split())}); see the log of that rank for why it ended"
+                f"pipeline rank lost: the transfer with {self._peer} did not finish "
+                f"({' '.join(str(error).split())}); see that rank's log for why it ended"
             ) from error
         if self._finish is not None:
             self._finish()
@@ -58,7 +57,7 @@ class Arrival:
 
 
 class SparseP2PCommunicator(P2PCommunicator):
-    """Sends TopK hidden states and their gradients sparsely; everything else as Megatron does."""
+    """Sends TopK hidden states and their gradients sparsely, and the rest as Megatron does."""
 
     def __init__(
         self,
@@ -70,15 +69,15 @@ class SparseP2PCommunicator(P2PCommunicator):
         selections: SelectionRegistry,
         verifier: Verifier,
     ) -> None:
-        """Every rank of the group must build it at the same time.
+        """Build the communicator, on every rank of the group at the same time.
 
         Args:
-            pp_group: the pipeline's ranks.
+            pp_group: ranks of the pipeline.
             config: Megatron's model configuration.
             hidden_size: H.
-            sparse_out: for each model chunk of this rank, whether its output is a TopK's.
-            selections: where TopK outputs are registered, and what arrives sparsely.
-            verifier: checks messages in some steps.
+            sparse_out: for each model chunk of this rank, whether its output is a TopK output.
+            selections: registry of TopK outputs and of hidden states that arrive sparsely.
+            verifier: checks messages in verified steps.
         """
         super().__init__(pp_group, config)
         self.hidden_size, self.selections, self.verifier = hidden_size, selections, verifier
@@ -94,7 +93,7 @@ class SparseP2PCommunicator(P2PCommunicator):
         self._received: dict[int, deque[Tensor]] = {}
 
     def begin(self, k: int, num_microbatches: int, *, forward_only: bool) -> None:
-        """Open a step, on every rank with the same arguments, before its first message."""
+        """Open a step before its first message, with the same arguments on every rank."""
         assert not any(self._sent.values()), "gradients of the step before are missing"
         assert not any(self._received.values()), "gradients of the step before are missing"
         self._forward_only = forward_only
@@ -123,7 +122,7 @@ class SparseP2PCommunicator(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> Any:
-        """As the overridden method, which every send and receive of a schedule goes through."""
+        """Override the method through which every send and receive of a schedule goes."""
         outgoing = {
             "send_prev": self._pack_gradient(tensor_send_prev),
             "send_next": self._pack_hidden(tensor_send_next),
@@ -160,7 +159,7 @@ class SparseP2PCommunicator(P2PCommunicator):
                 f"{' '.join(str(error).split())}"
             ) from error
         if isinstance(started, list):
-            # Batched: in the order in which the function lists them; NCCL may merge them into one.
+            # A batch lists its requests in this order; NCCL may merge them into one.
             posted = ("send_prev", "recv_prev", "send_next", "recv_next")
             names = [name for name in posted if buffers[name] is not None]
             if len(started) != len(names):
@@ -204,7 +203,7 @@ class SparseP2PCommunicator(P2PCommunicator):
         return self.verifier.extend(pack_gradient(dx, indices), dx)
 
     def _expect_hidden(self, expected: bool, shape: Any) -> Any:
-        """The tensor that will hold the hidden state, the buffer to receive, how to unpack it."""
+        """Return the tensor for the hidden state, the buffer to receive and how to unpack it."""
         if not expected:
             return None, None, None
         x = self._empty(shape)
@@ -225,7 +224,7 @@ class SparseP2PCommunicator(P2PCommunicator):
         return x, buffer, finish
 
     def _expect_gradient(self, expected: bool, shape: Any) -> Any:
-        """As `_expect_hidden`, for a gradient."""
+        """Do what `_expect_hidden` does, for a gradient."""
         if not expected:
             return None, None, None
         dx = self._empty(shape)
@@ -252,7 +251,7 @@ class SparseP2PCommunicator(P2PCommunicator):
 
 
 class _All:
-    """Several requests as one."""
+    """Several requests that are waited for together."""
 
     def __init__(self, requests: list[Any]) -> None:
         self._requests = requests

@@ -1,17 +1,17 @@
 """Sparse saved activations: autograd keeps a TopK output as its k values and S.
 
-Full recompute keeps the input of every layer until its backward pass; without recompute a norm
-keeps its input. Where that input is a TopK output, only k of H numbers are worth keeping. Hooks on
-autograd's saved tensors ask the registry of selections about each tensor, keep the packed form of
-those that it knows (one, however often the tensor is saved), and expand it when autograd asks. S is
-the bitmask that the TopK's own backward keeps anyway when there is no recompute.
+Full recompute keeps the input of every layer until its backward pass; without recompute, a norm
+keeps its input. If that input is a TopK output, only k of its H numbers are worth keeping. Hooks on
+autograd's saved tensors look up each tensor in the registry of selections. They keep one packed
+form of each tensor it knows, however often that tensor is saved, and expand it on demand. Without
+recompute, S is the bitmask that the TopK keeps for its own backward pass anyway.
 
-The first layer's input is the embedding's output, which is dense. Its rows are in the embedding
-matrix already, so the hooks keep the token ids alone and repeat the lookup.
+The first layer's input is the embedding's output, which is dense. Its rows are already in the
+embedding matrix, so the hooks keep only the token ids and repeat the lookup.
 
-A pipeline stage also holds the hidden state that it received, because its gradient will be asked of
-that tensor. After the forward pass only the packed form is read, so the memory of the tensor is
-released and only its shape remains.
+A pipeline stage also holds the hidden state that it received, because that tensor will carry the
+gradient to send back. After the forward pass only the packed form is read, so the tensor's memory
+is released and only its shape remains.
 """
 
 from abc import ABC, abstractmethod
@@ -27,10 +27,10 @@ from topk_megatron.parallel.verify import Verifier
 
 
 class _Packed(ABC):
-    """Stands for a dense tensor that autograd saved.
+    """Replaces a dense tensor that autograd saved.
 
     Attributes:
-        nbytes: memory of the packed form, in bytes.
+        nbytes: size of the packed form in bytes.
     """
 
     nbytes: int
@@ -40,7 +40,7 @@ class _Packed(ABC):
         self._dense = x.detach().clone() if verifier.active else None
 
     def expand(self) -> Tensor:
-        """Return the dense tensor, bitwise; in a verified step the first call compares it."""
+        """Return the dense tensor, bitwise; the first call in a verified step compares it."""
         x = self._rebuild()
         if self._dense is not None:
             self._verifier.check("saved activations", x, self._dense)
@@ -52,14 +52,14 @@ class _Packed(ABC):
 
 
 class PackedActivation(_Packed):
-    """A TopK output [..., H] as values [N, K] and the smaller of a bitmask and indices."""
+    """A TopK output [..., H], kept as values [N, K] and the smaller of a bitmask and indices."""
 
     def __init__(self, selection: Selection, x: Tensor, verifier: Verifier) -> None:
         super().__init__(x, verifier)
         self._shape, self._k = selection.shape, selection.k
         rows_NH = x.detach().reshape(-1, self._shape[-1])
         indices_NK, bits_NW = selection.indices_NK(), selection.bits_NW
-        # Indices that came over the wire are kept by the transport in any case.
+        # The transport keeps indices that came over the wire in any case.
         self._is_mask = bits_NW is not None and bits_NW.nbytes <= indices_NK.nbytes
         self._selection = bits_NW if bits_NW is not None and self._is_mask else indices_NK
         self._values_NK = OPS.gather_row(rows_NH, indices_NK)
@@ -73,9 +73,9 @@ class PackedActivation(_Packed):
 
 
 class EmbeddedTokens(_Packed):
-    """The embedding's output [s, b, H] as the token ids that it came from.
+    """The embedding's output [s, b, H], kept as the token ids it came from.
 
-    Every tensor-parallel rank expands it, because the lookup may reduce over them.
+    Every tensor-parallel rank must expand it, because the lookup may reduce over these ranks.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class EmbeddedTokens(_Packed):
 
 
 class _Embedding:
-    """The embedding's output of this microbatch, and how to compute it again."""
+    """The embedding's output for this microbatch, and how to compute it again."""
 
     def __init__(self, x: Tensor, lookup: Callable[[], Tensor], nbytes: int) -> None:
         self.memory, self.shape = Memory(x), x.shape
@@ -99,15 +99,20 @@ class _Embedding:
 
 
 class SparseSaver:
-    """Packs TopK outputs, and the embedding's, that autograd saves between `enter` and `leave`.
+    """Packs TopK and embedding outputs that autograd saves between `enter` and `leave`.
 
     Attributes:
-        dense_bytes: bytes that the packed tensors would have taken, each counted once.
-        packed_bytes: bytes that their packed forms take.
+        dense_bytes: size of the packed tensors in dense form, each counted once, in bytes.
+        packed_bytes: size of their packed forms in bytes.
     """
 
     def __init__(self, selections: SelectionRegistry, verifier: Verifier) -> None:
-        """Args: selections: where TopK outputs are registered. verifier: compares some steps."""
+        """Start with no tensor packed.
+
+        Args:
+            selections: registry of TopK outputs.
+            verifier: compares packed with dense tensors in verified steps.
+        """
         self.selections, self.verifier = selections, verifier
         selections.active = True
         self.dense_bytes = self.packed_bytes = 0
@@ -121,16 +126,16 @@ class SparseSaver:
         Args:
             x: the output, [s, b, H].
             lookup: returns a tensor that equals `x` bitwise, until the weights change.
-            nbytes: memory that `lookup` holds, in bytes.
+            nbytes: memory that `lookup` holds in bytes.
         """
         self._embedding = _Embedding(x, lookup, nbytes)
 
     def enter(self, received: Tensor | None = None) -> None:
-        """Start to pack saved tensors.
+        """Start packing saved tensors.
 
         Args:
-            received: the hidden state from the stage before; its memory is released by `leave` if
-                it was sent sparsely.
+            received: the hidden state from the previous stage; `leave` releases its memory if it
+                was sent sparsely.
         """
         assert self._hooks is None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -139,7 +144,7 @@ class SparseSaver:
             self._received = received
 
     def leave(self) -> None:
-        """Stop packing; packed tensors expand whenever the backward pass asks for them."""
+        """Stop packing; packed tensors still expand when the backward pass asks for them."""
         if self._hooks is not None:
             self._hooks.__exit__()
             self._hooks = self._embedding = None

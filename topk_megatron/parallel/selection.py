@@ -1,14 +1,13 @@
 """The registry of selections: which coordinates S a TopK kept, for every live output.
 
-S leaves the operator as a bitmask beside the output. Two places want it later, when they hold
-nothing but the output: the transport between pipeline stages, which sends the k entries on S, and
-saving for the backward pass, which keeps them. Both ask the registry of their model for the tensor
-in their hands.
+The operator returns S as a bitmask next to the output. Two places need S later, when they hold only
+the output: the transport between pipeline stages sends the k entries on S, and saving for the
+backward pass keeps them. Both look up the tensor they hold in the registry of their model.
 
-A tensor is recognised by its memory and not by its identity: Megatron wraps outputs in views, and
-autograd saves aliases. An entry therefore answers only for the whole and unchanged tensor: the same
-live storage, address, dtype, number of elements and version, and contiguous. Anything else gets no
-answer, and the caller treats the tensor as dense.
+A tensor is recognised by its memory, not by its identity: Megatron wraps outputs in views, and
+autograd saves aliases. An entry therefore matches only the whole and unchanged tensor, contiguous
+and with the same live storage, address, dtype, number of elements and version. For anything else
+the registry has no answer, and the caller treats the tensor as dense.
 
 Shapes: N rows, H hidden size, K kept, W words of a bitmask.
 """
@@ -29,7 +28,7 @@ class Selection:
         shape: shape [..., H] of the tensor.
         k: kept entries per row.
         bits_NW: int32 bitmask, or None if S arrived as indices.
-        packed: what saving keeps in place of the tensor, built once; None before.
+        packed: packed form that saving keeps in place of the tensor; None until it is built.
     """
 
     def __init__(
@@ -40,7 +39,14 @@ class Selection:
         bits: Tensor | None = None,
         indices_NK: Tensor | None = None,
     ) -> None:
-        """Give either the bitmask int32 [..., W] or the indices [N, K]."""
+        """Take S as either a bitmask or indices.
+
+        Args:
+            shape: shape [..., H] of the tensor.
+            k: kept entries per row.
+            bits: int32 bitmask [..., W].
+            indices_NK: kept coordinates, ascending in each row.
+        """
         assert (bits is None) != (indices_NK is None)
         self.shape, self.k = shape, k
         self.bits_NW = None if bits is None else bits.detach().reshape(-1, bits.shape[-1])
@@ -48,7 +54,7 @@ class Selection:
         self.packed: Any = None
 
     def indices_NK(self) -> Tensor:
-        """The kept coordinates of every row, ascending, in the type of `index_dtype`."""
+        """Return the kept coordinates of every row, ascending, in the type of `index_dtype`."""
         if self._indices_NK is not None:
             return self._indices_NK
         assert self.bits_NW is not None
@@ -56,7 +62,11 @@ class Selection:
 
 
 class Memory:
-    """Recognises a tensor by its memory, without keeping it alive."""
+    """Recognises a tensor by its memory, without keeping it alive.
+
+    Attributes:
+        address: address of the tensor's first element.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.address = x.data_ptr()
@@ -69,7 +79,7 @@ class Memory:
         return self._storage.expired()
 
     def holds(self, x: Tensor) -> bool:
-        """Whether `x` is the tensor itself or a reshaped view of it, whole and unchanged."""
+        """Return whether `x` is the tensor or a reshaped view of it, whole and unchanged."""
         return (
             not self.is_free
             and x.data_ptr() == self.address
@@ -81,10 +91,10 @@ class Memory:
 
 
 class SelectionRegistry:
-    """The selections of the TopK outputs of one rank; everyone who needs S asks `of`.
+    """The selections of the TopK outputs of one rank; `of` returns them.
 
     Attributes:
-        active: whether outputs are remembered; set by whoever will ask.
+        active: whether outputs are remembered; set by the code that will look them up.
     """
 
     def __init__(self) -> None:
@@ -92,17 +102,17 @@ class SelectionRegistry:
         self._entries: dict[int, tuple[Memory, Selection]] = {}
 
     def remember(self, x: Tensor, selection: Selection) -> None:
-        """Register the selection of `x`, and forget those whose tensors are gone."""
+        """Register the selection of `x`, and forget the selections of freed tensors."""
         for address in [a for a, (memory, _) in self._entries.items() if memory.is_free]:
             del self._entries[address]
         memory = Memory(x)
         self._entries[memory.address] = memory, selection
 
     def of(self, x: Tensor) -> Selection | None:
-        """The selection of a whole and unchanged TopK output; None for any other tensor."""
+        """Return the selection of a whole and unchanged TopK output, or None for other tensors."""
         entry = self._entries.get(x.data_ptr())
         return entry[1] if entry is not None and entry[0].holds(x) else None
 
     def clear(self) -> None:
-        """Forget every selection, at the end of a step."""
+        """Forget every selection."""
         self._entries.clear()

@@ -1,11 +1,11 @@
-"""Which message comes when: the order in which a pipeline rank sends and receives.
+"""The order in which a pipeline rank sends and receives its messages.
 
-Megatron's communicator is told to send and receive tensors, never of which model chunk. The order
-is that of its schedule: forward messages leave a rank in the order in which it runs its
-(microbatch, chunk) pairs, gradients in the order of its backward passes, and a link keeps the
-order. The n-th message of a direction in one step is therefore known to both of its sides.
+Megatron tells its communicator which tensors to send and receive, but not which model chunk they
+belong to. The order follows from its schedule: forward messages leave a rank in the order in which
+it runs its (microbatch, chunk) pairs, gradients in the order of its backward passes, and a link
+keeps the order. Both sides therefore know the n-th message of a step in each direction.
 
-A boundary is named by the chunk that sends across it in the forward pass.
+A boundary has the number of the chunk that sends across it in the forward pass.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class MessageOrder:
     """Boundaries crossed by one rank's messages in one step, in order.
 
     Attributes:
-        forward_out: boundary of each hidden state that goes to the next rank.
-        forward_in: boundary of each hidden state that comes from the previous rank.
-        backward_out: boundary of each gradient that goes to the previous rank.
-        backward_in: boundary of each gradient that comes from the next rank.
+        forward_out: boundary of each hidden state sent to the next rank.
+        forward_in: boundary of each hidden state received from the previous rank.
+        backward_out: boundary of each gradient sent to the previous rank.
+        backward_in: boundary of each gradient received from the next rank.
     """
 
     forward_out: Sequence[int]
@@ -34,13 +34,13 @@ class MessageOrder:
 def message_order(
     *, rank: int, size: int, chunks: int, microbatches: int, group_size: int | None
 ) -> MessageOrder:
-    """The order of one training step.
+    """Return the order of one training step.
 
     Args:
-        rank: place in the pipeline.
-        size: ranks of the pipeline.
-        chunks: model chunks of a rank; 1 without interleaving.
-        microbatches: of the step.
+        rank: this rank's place in the pipeline.
+        size: number of ranks in the pipeline.
+        chunks: number of model chunks per rank; 1 without interleaving.
+        microbatches: number of microbatches in the step.
         group_size: Megatron's ``microbatch_group_size_per_vp_stage``.
     """
     if chunks == 1:
@@ -58,13 +58,13 @@ def message_order(
 
 
 def _leaving(forward: list[int], sender: int, size: int, chunks: int) -> list[int]:
-    """Chunks of `sender` whose output goes on; that of the model's last chunk does not."""
+    """Return the chunks of `sender` that send their output: all but the model's last chunk."""
     last = sender == size - 1
     return [chunk for chunk in forward if not (last and chunk == chunks - 1)]
 
 
 def _returning(backward: list[int], sender: int) -> list[int]:
-    """Boundaries over which `sender`'s gradients go back; the model's first chunk has none.
+    """Return the boundaries that `sender`'s gradients cross; the model's first chunk has none.
 
     The input of rank 0's chunk c came from chunk c - 1 of the last rank.
     """

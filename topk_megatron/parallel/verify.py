@@ -1,8 +1,8 @@
 """``--topk-verify N``: every N steps, sparse forms are compared with the dense tensors at run time.
 
-In such a step a sparse message is followed by the dense tensor in the same buffer, and the receiver
-compares what it unpacked with it, bit for bit; a saved activation keeps its dense tensor too. Both
-sides know from the iteration whether a step is verified.
+In a verified step the dense tensor follows a sparse message in the same buffer, and the receiver
+compares the unpacked tensor with it, bit for bit. A saved activation keeps its dense tensor too.
+Both sides know from the iteration whether a step is verified.
 """
 
 import torch
@@ -15,15 +15,16 @@ _ALIGNMENT = 8
 
 
 class Verifier:
-    """Whether this step is verified, and what was found equal.
+    """Compares sparse forms with dense tensors in verified steps, and counts the comparisons.
 
     Attributes:
+        every: number of steps from one verified step to the next; None verifies nothing.
         active: whether the current step is verified.
-        equal: tensors found equal, by kind, since the last `take_counts`.
+        equal: number of tensors found equal since the last `take_counts`, by kind.
     """
 
     def __init__(self, every: int | None) -> None:
-        """Args: every: steps from one verified step to the next; None verifies nothing."""
+        """Verify every `every`-th step, or none if `every` is None."""
         self.every = every
         self.active = False
         self._iteration = 0
@@ -35,25 +36,25 @@ class Verifier:
         self.active = self.every is not None and iteration % self.every == 0
 
     def take_counts(self) -> dict[str, int]:
-        """Return `equal` and begin anew."""
+        """Return `equal` and start counting again."""
         counts, self.equal = self.equal, dict.fromkeys(self.equal, 0)
         return counts
 
     def extend(self, message: Tensor, dense: Tensor) -> Tensor:
-        """Append the dense tensor to a message, in a verified step."""
+        """Append the dense tensor to a message if the step is verified."""
         if not self.active:
             return message
         padding = message.new_zeros(_padded(message.numel()) - message.numel())
         return torch.cat([message, padding, _as_bytes(dense)])
 
     def buffer(self, size: int, dense: Tensor) -> Tensor:
-        """An empty buffer for a message of `size` bytes and what is appended to it."""
+        """Return an empty buffer for a message of `size` bytes and the dense tensor behind it."""
         if self.active:
             size = _padded(size) + dense.numel() * dense.element_size()
         return torch.empty(size, dtype=torch.uint8, device=dense.device)
 
     def strip(self, buffer: Tensor, size: int) -> Tensor:
-        """The message itself."""
+        """Return the message without the dense tensor behind it."""
         return buffer[:size]
 
     def check_hidden(self, buffer: Tensor, size: int, x: Tensor) -> None:
@@ -62,7 +63,7 @@ class Verifier:
             self.check("hidden states", x, buffer[_padded(size) :].view(x.dtype).view(x.shape))
 
     def check_gradient(self, buffer: Tensor, size: int, dx: Tensor, indices_NK: Tensor) -> None:
-        """Compare an unpacked gradient with the dense one, on S: the rest the TopK discards."""
+        """Compare an unpacked gradient with the dense one on S; the TopK discards the rest."""
         if self.active:
             rows = indices_NK.shape[0]
             dense = buffer[_padded(size) :].view(dx.dtype).view(rows, -1)
@@ -73,7 +74,7 @@ class Verifier:
         """Compare two tensors bitwise.
 
         Raises:
-            VerificationError: they differ.
+            VerificationError: if they differ.
         """
         differ = _as_bytes(got) != _as_bytes(wanted)
         if bool(differ.any()):

@@ -1,1 +1,1 @@
-"""What `pretrain_topk_gpt.py` adds to Megatron's training loop."""
+"""The parts that `pretrain_topk_gpt.py` adds to Megatron's training loop."""

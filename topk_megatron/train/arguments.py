@@ -1,4 +1,4 @@
-"""The ``--topk-…`` flags, and Megatron's defaults where they cannot hold."""
+"""The ``--topk-…`` flags, and new values for those of Megatron's defaults that cannot work."""
 
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn, get_args
@@ -8,8 +8,8 @@ from topk_megatron.compat.patches import repair_help
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, Site
 from topk_megatron.errors import ConfigError
 
-# What Megatron's defaults must become where there is no CUDA: gloo for NCCL, Megatron's own
-# modules for Transformer Engine's, and no kernel that exists for GPUs only.
+# Megatron's defaults on a machine without CUDA: gloo instead of NCCL, Megatron's own modules
+# instead of Transformer Engine's, and no kernel that only GPUs have.
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -25,7 +25,7 @@ CPU_DEFAULTS = {
 
 
 def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Megatron's `extra_args_provider` with our flags."""
+    """Add our flags, as Megatron's `extra_args_provider` does."""
     group = parser.add_argument_group(
         "topk", "TopK language model: hidden states that keep their k largest neurons."
     )
@@ -33,14 +33,14 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--topk-k",
         type=int,
         metavar="K",
-        help="neurons that survive at each TopK layer, of --hidden-size; the hidden size itself is "
-        f"the dense model (default: hidden size / {DEFAULT_HIDDEN_PER_K})",
+        help="how many of the --hidden-size neurons survive at each TopK layer; the hidden size "
+        f"itself gives the dense model (default: hidden size / {DEFAULT_HIDDEN_PER_K})",
     )
     group.add_argument(
         "--topk-layers",
         metavar="LAYERS",
-        help="layers with a TopK, counted from 0: 0-9 or 0,2,5 or all or all,-2 (all but the last "
-        f"two) or none (the dense model) (default: {DEFAULT_LAYERS})",
+        help="layers with a TopK, counted from 0: for example 0-9, 0,2,5, all, all,-2 (all but the "
+        f"last two) or none (the dense model) (default: {DEFAULT_LAYERS})",
     )
     group.add_argument(
         "--topk-mode",
@@ -50,7 +50,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--topk-anneal",
         choices=get_args(Anneal),
-        help="how k goes from its start to --topk-k; exponential is linear in log k "
+        help="how k moves from its start to --topk-k; exponential is linear in log k "
         "(default: constant)",
     )
     group.add_argument(
@@ -69,53 +69,53 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--topk-anneal-end",
         type=int,
         metavar="ITERATION",
-        help="iteration from which k is --topk-k (default: half of the way from "
-        "--topk-anneal-begin to --train-iters)",
+        help="iteration from which k is --topk-k (default: halfway from --topk-anneal-begin to "
+        "--train-iters)",
     )
     group.add_argument(
         "--topk-site",
         choices=get_args(Site),
-        help="where the layers of --topk-layers have their TopK: on the residual stream after the "
+        help="where the layers in --topk-layers have their TopK: on the residual stream after the "
         "layer, on the activation inside the MLP, or both (default: residual)",
     )
     group.add_argument(
         "--topk-mlp-k",
         type=int,
         metavar="K",
-        help="units of the MLP's activation that survive, of --ffn-hidden-size; required by "
+        help="how many of the --ffn-hidden-size units of the MLP's activation survive; required by "
         "--topk-site mlp and both",
     )
     group.add_argument(
         "--topk-mlp-groups",
         type=int,
         metavar="G",
-        help="select K / G units in each of G equal groups of the ffn dimension, without "
-        "communication when the tensor-parallel size divides G (default: the K largest of all, "
-        "over all tensor-parallel ranks)",
+        help="select K / G units in each of G equal groups of the FFN dimension, without "
+        "communication if the tensor-parallel size divides G (default: the K largest of all, over "
+        "all tensor-parallel ranks)",
     )
     group.add_argument(
         "--topk-override",
         action="store_true",
-        help="resume although the checkpoint was made with other TopK settings",
+        help="resume even if the checkpoint was written with different TopK settings",
     )
     group.add_argument(
         "--topk-trust-checkpoint",
         action="store_true",
-        help="let Megatron open a checkpoint that holds objects of classes that no checkpoint "
-        "needs; such an object can run code",
+        help="let Megatron open a checkpoint even if it holds objects of classes that no "
+        "checkpoint needs; such an object can run code",
     )
     group.add_argument(
         "--topk-silent-tokens",
         type=int,
         default=100_000,
         metavar="TOKENS",
-        help="a neuron is silent when it was zero for this many tokens (default: %(default)s)",
+        help="a neuron is silent once it was zero for this many tokens (default: %(default)s)",
     )
     group.add_argument(
         "--no-topk-metrics",
         action="store_false",
         dest="topk_metrics",
-        help="do not gather or log density, kept norm and silent neurons of TopK layers",
+        help="do not gather and log density, kept norm and silent neurons of TopK layers",
     )
     _add_parallel_arguments(group)
     return parser
@@ -125,26 +125,31 @@ def _add_parallel_arguments(group: Any) -> None:
     group.add_argument(
         "--topk-sparse-p2p",
         action="store_true",
-        help="send the hidden states and gradients between pipeline stages as their k kept entries "
-        "where they come from a TopK layer; the results are bitwise those of dense transport",
+        help="send a TopK layer's hidden states and their gradients between pipeline stages as "
+        "their k kept entries; results are bitwise those of dense transport",
     )
     group.add_argument(
         "--topk-sparse-save",
         action="store_true",
-        help="keep outputs of TopK layers for the backward pass, also as inputs of full recompute, "
-        "as their k kept entries; the results are bitwise the same",
+        help="keep outputs of TopK layers for the backward pass (also as inputs of full recompute) "
+        "as their k kept entries; results are bitwise the same",
     )
     group.add_argument(
         "--topk-verify",
         type=int,
         metavar="STEPS",
-        help="compare every sparse transfer and saved activation with its dense form in every "
-        "STEPS-th step, and end the run if they differ",
+        help="every STEPS steps, compare each sparse transfer and saved activation with its dense "
+        "form, and end the run if they differ",
     )
 
 
 def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> Any:
-    """The parser hook for this device, with Megatron's defaults changed to what is here."""
+    """Return the parser hook that adds our flags and adapts Megatron's defaults to this machine.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        defaults: more defaults, by argument name.
+    """
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         add_topk_arguments(parser)
@@ -152,9 +157,9 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
         parser.error = _raise_usage  # pyright: ignore[reportAttributeAccessIssue]
         # Megatron 0.19 divides by this flag and has no default for it.
         parser.set_defaults(eval_interval=1000)
-        # A run that is asked to stop saves first; a loss that is no number stops it in that very
-        # step. Megatron's search for the hardware's part in it (--rerun-mode validate_results) is
-        # experimental and lets the first step pass.
+        # A run that is asked to stop saves first, and a loss that is not finite ends it in that
+        # very step. Megatron's search for hardware faults (--rerun-mode validate_results) is
+        # experimental and does not check the first step.
         parser.set_defaults(exit_signal_handler=True, rerun_mode="disabled")
         missing = CPU_DEFAULTS if device == "cpu" else gpu_defaults(find_accelerators())
         parser.set_defaults(**missing)
@@ -165,12 +170,12 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
 
 
 def _raise_usage(message: str) -> NoReturn:
-    # argparse would print Megatron's 700 lines of usage, once a rank.
+    # argparse would print Megatron's 700 lines of usage on every rank.
     raise ConfigError(f"{message}; --help lists the flags")
 
 
 def describe_device(args: Namespace, device: str) -> str:
-    """The one line that says what Megatron's layers run on."""
+    """Say in one line what Megatron's layers run on."""
     if device == "cuda":
         return describe(find_accelerators(), args)
     return (

@@ -1,7 +1,7 @@
-"""The checks that turn a wrong command line into one clear line.
+"""Checks that answer a wrong command line with one clear line.
 
-Whatever can be known from the arguments and the files that they name is checked before Megatron
-builds a process group, so that a mistake costs a second and not a place in the queue.
+Arguments and the files that they name are checked before Megatron builds a process group, so that
+a mistake costs a second and not a place in the queue.
 """
 
 from argparse import Namespace
@@ -15,11 +15,11 @@ from topk_megatron.train.data_files import check_data_files
 
 
 def check_arguments(args: Namespace, config: TopKConfig, device: str) -> None:
-    """Refuse what cannot work, before Megatron validates its own arguments.
+    """Refuse arguments that cannot work, before Megatron validates them.
 
     Raises:
-        ConfigError: a flag that has to change, in one line.
-        DataError: a file that is missing or does not fit.
+        ConfigError: if a flag has to change; the message names it.
+        DataError: if a file is missing or unsuitable.
     """
     check_settings(args, config)
     _check_world_size(args)
@@ -32,10 +32,10 @@ def check_arguments(args: Namespace, config: TopKConfig, device: str) -> None:
 
 
 def check_settings(args: Namespace, config: TopKConfig) -> None:
-    """Refuse what these TopK settings do not go with.
+    """Refuse arguments that contradict the TopK settings.
 
-    It is asked before Megatron validates its arguments and again after, because Megatron derives
-    some of them from others and takes some from a checkpoint.
+    This check runs before Megatron validates its arguments and again afterwards, because Megatron
+    derives some arguments from others and takes some from a checkpoint.
 
     Raises:
         ConfigError: names the flag to change.
@@ -45,23 +45,23 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
     if args.cuda_graph_impl != "none" and config.layers:
         if config.anneal != "constant":
             raise ConfigError(
-                "a CUDA graph would freeze k at the value it was captured with; "
+                "a CUDA graph would freeze k at the value at which it was captured; "
                 "use --topk-anneal constant or --cuda-graph-impl none"
             )
         if args.topk_metrics:
             raise ConfigError(
-                "statistics of TopK layers are not gathered when a CUDA graph is replayed; "
+                "replaying a CUDA graph does not gather the statistics of TopK layers; "
                 "use --no-topk-metrics or --cuda-graph-impl none"
             )
     if args.cuda_graph_impl != "none" and config.mlp_layers:
         raise ConfigError(
-            f"--topk-site {config.site} is not made for CUDA graphs; use --cuda-graph-impl none"
+            f"--topk-site {config.site} does not support CUDA graphs; use --cuda-graph-impl none"
         )
     check_parallel(args, config)
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
         raise ConfigError(
-            f"--ckpt-format {args.ckpt_format} does not carry the TopK settings in a way that is "
-            "checked on resuming; use torch_dist"
+            f"--ckpt-format {args.ckpt_format} does not store the TopK settings in a form that "
+            "resuming can check; use torch_dist"
         )
 
 
@@ -84,10 +84,10 @@ def _check_world_size(args: Namespace) -> None:
 
 def _check_unsupported(args: Namespace) -> None:
     refused = {
-        "perform_rl_step": "--perform-rl-step: reinforcement learning has a script of its own in "
+        "perform_rl_step": "--perform-rl-step: reinforcement learning has its own script in "
         "Megatron-LM (train_rl.py)",
         "logits_load_dir": "--logits-load-dir: distillation from cached logits is not supported",
-        "hybrid_layer_pattern": "--hybrid-layer-pattern: TopK layers exist for GPT models only",
+        "hybrid_layer_pattern": "--hybrid-layer-pattern: only GPT models have TopK layers",
         "yaml_cfg": "--yaml-cfg: give the settings as flags",
     }
     for name, message in refused.items():
@@ -103,26 +103,32 @@ def _check_cpu(args: Namespace) -> None:
         )
     if args.context_parallel_size > 1:
         raise ConfigError(
-            "--context-parallel-size above 1 needs Transformer Engine's attention, and that a CUDA "
-            "device; set it to 1"
+            "--context-parallel-size above 1 needs Transformer Engine's attention, which needs a "
+            "CUDA device; set it to 1"
         )
     if args.cuda_graph_impl != "none":
-        raise ConfigError("--cuda-graph-impl needs a CUDA device and this machine has none")
+        raise ConfigError(
+            "--cuda-graph-impl needs a CUDA device and this machine has none; drop the flag"
+        )
     if args.fp8 is not None:
-        raise ConfigError("--fp8-format needs a CUDA device and this machine has none; drop it")
+        raise ConfigError(
+            "--fp8-format needs a CUDA device and this machine has none; drop the flag"
+        )
 
 
 def _check_files(args: Namespace) -> None:
     for name in ("log_interval", "eval_interval"):
         if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
     for name in ("save", "load"):
         path = getattr(args, name)
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise ConfigError(f"--{name} {path} is a file; give a directory")
     if args.tokenizer_model is not None:
         check_tokenizer_path(args.tokenizer_type, args.tokenizer_model)
-    if not args.sft:  # whose data are not .bin/.idx
+    if not args.sft:  # fine-tuning data are not .bin/.idx files
         check_data_files(args)
     sources = (args.data_path, args.train_data_path, args.data_args_path, args.mock_data)
     if not any(sources) and args.per_split_data_args_path is None:
@@ -130,7 +136,11 @@ def _check_files(args: Namespace) -> None:
 
 
 def check_parallel(args: Namespace, config: TopKConfig) -> None:
-    """Refuse combinations that the sparse forms cannot serve."""
+    """Refuse combinations that the sparse forms do not support.
+
+    Raises:
+        ConfigError: names the flag to change.
+    """
     if config.mlp_layers and args.moe_grouped_gemm:
         raise ConfigError(
             f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
@@ -158,9 +168,11 @@ def _check_sparse(args: Namespace, config: TopKConfig, flag: str) -> None:
             "change --topk-layers or --topk-site, or drop the flag"
         )
     if args.cuda_graph_impl != "none":
-        raise ConfigError(f"{flag} is not made for CUDA graphs; use --cuda-graph-impl none")
+        raise ConfigError(f"{flag} does not support CUDA graphs; use --cuda-graph-impl none")
     if args.overlap_moe_expert_parallel_comm:
-        raise ConfigError(f"{flag} does not go with --overlap-moe-expert-parallel-comm")
+        raise ConfigError(
+            f"{flag} cannot be combined with --overlap-moe-expert-parallel-comm; drop one"
+        )
 
 
 def _check_transport(args: Namespace) -> None:
@@ -169,36 +181,39 @@ def _check_transport(args: Namespace) -> None:
         raise ConfigError(f"{flag} needs --pipeline-model-parallel-size above 1")
     refused = {
         "use_ring_exchange_p2p": "--use-ring-exchange-p2p",
-        "variable_seq_lengths": "--variable-seq-lengths: message sizes must be known beforehand",
-        "sft": "--sft: message sizes must be known beforehand",
+        "variable_seq_lengths": "--variable-seq-lengths (message sizes must be known in advance)",
+        "sft": "--sft (message sizes must be known in advance)",
         "mtp_num_layers": "--mtp-num-layers",
     }
     for name, words in refused.items():
         if getattr(args, name, None):
-            raise ConfigError(f"{flag} does not go with {words}")
+            raise ConfigError(f"{flag} cannot be combined with {words}; drop one")
 
 
 def _check_saving(args: Namespace) -> None:
     flag = "--topk-sparse-save"
     if args.distribute_saved_activations:
-        raise ConfigError(f"{flag} does not go with --distribute-saved-activations; drop one")
+        raise ConfigError(
+            f"{flag} cannot be combined with --distribute-saved-activations; drop one"
+        )
     for name in ("cpu_offloading", "fine_grained_activation_offloading"):
         if getattr(args, name, None):
             words = name.replace("_", "-")
-            raise ConfigError(f"{flag} does not go with --{words}; drop one")
+            raise ConfigError(f"{flag} cannot be combined with --{words}; drop one")
     if args.gradient_accumulation_fusion and args.recompute_granularity != "full":
         raise ConfigError(
             f"{flag} without full recompute needs --no-gradient-accumulation-fusion: the fused "
-            "layers look for their weights' attributes, which saved-tensor hooks do not keep"
+            "layers read attributes of their weights, which saved-tensor hooks do not keep"
         )
 
 
 def check_mlp(args: Namespace, config: TopKConfig) -> None:
     """Refuse MLP settings that do not fit the model, once Megatron has set its sizes.
 
+    The widths of experts are checked when the model is built.
+
     Raises:
-        ConfigError: one line that says what to change. Widths of experts are checked when the
-            model is built.
+        ConfigError: says what to change.
     """
     from topk_megatron.model.mlp import check_fit
 

@@ -1,4 +1,4 @@
-"""Datasets for pretraining: Megatron's own, configured from its own flags."""
+"""Megatron's own pretraining datasets, configured from its own flags."""
 
 import json
 from argparse import Namespace
@@ -16,7 +16,7 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-# Dataset settings and the Megatron argument that each is taken from.
+# Maps each dataset setting to the Megatron argument that it comes from.
 _SETTINGS = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -53,11 +53,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     """Build the train, validation and test datasets.
 
     Args:
-        num_samples: samples wanted of train, validation and test.
+        num_samples: number of samples wanted for train, validation and test.
         vp_stage: virtual pipeline stage, under interleaved pipelining.
 
     Returns:
-        Three datasets; None on ranks that read no data.
+        The three datasets, each None on ranks that read no data.
     """
     args: Any = get_args()
     print_rank_0("> building train, validation, and test datasets ...")
@@ -66,17 +66,17 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     ).build()
 
 
-# Every rank calls the provider, and the builder decides who reads (Megatron's own contract).
+# By Megatron's contract, every rank calls the provider and the builder decides which ranks read.
 datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def needs_batch(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether this pipeline stage embeds tokens or computes a loss."""
+    """Return whether this pipeline stage embeds tokens or computes a loss."""
     return is_first_or_last_pipeline_stage(vp_stage) or predicts_ahead(args, vp_stage)
 
 
 def predicts_ahead(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether layers of multi-token prediction live on this stage."""
+    """Return whether this pipeline stage has layers of multi-token prediction."""
     if not args.mtp_num_layers:
         return False
     config: Any = core_transformer_config_from_args(args)

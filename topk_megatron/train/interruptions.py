@@ -1,13 +1,13 @@
-"""What interrupts a run: a full disk ends it in one line, a signal waits for the save.
+"""Interruptions of a run: a full disk ends it with one line, and a signal waits for the save.
 
-Schedulers signal every process of a job and not the ranks alone. SIGTERM is therefore blocked while
-a checkpoint is written: the rank gets it afterwards, and the helper processes that write, which
-inherit the mask, never do. Without that, a second SIGTERM broke the very save that the first one
-asked for.
+Schedulers signal every process of a job, not only the ranks. SIGTERM is therefore blocked while a
+checkpoint is written: the rank receives it afterwards, and the helper processes that write, which
+inherit the mask, never do. Otherwise a second SIGTERM would break the very save that the first one
+requested.
 
 Megatron's own signal handler (``--exit-signal-handler``, on by default here) finishes the step,
-saves and exits with 0, which no scheduler takes for an unfinished job. A run that stops on request
-ends with a code that asks for more.
+saves and exits with 0, which looks like a finished job to a scheduler. Here a run that stops on
+request exits with a code that asks to be requeued.
 """
 
 import os
@@ -30,15 +30,18 @@ _FULL_BYTES = 64 * 1024**2  # less than a writer's buffers
 
 
 def guarded_save(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
-    """Save with SIGTERM blocked, and turn what the disk refuses into a `RunError`.
+    """Save with SIGTERM blocked, and turn an error of the disk into a `RunError`.
 
-    Megatron's writer raises in the rank whose file it was, and the others learn of it through a
+    Megatron's writer raises on the rank whose file failed. The other ranks learn of it through a
     collective, or not at all.
+
+    Raises:
+        RunError: if the file system refused the checkpoint.
     """
     from megatron.training import get_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    # Starting it later would unblock SIGTERM again (multiprocessing/resource_tracker.py).
+    # Starting the tracker later would unblock SIGTERM again (multiprocessing/resource_tracker.py).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -54,15 +57,15 @@ def guarded_save(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any
 
 
 def _refused(error: BaseException, save: Path) -> str | None:
-    """Why the file system took no more; None if the error is of another kind."""
+    """Say why the file system refused the checkpoint; return None for any other error."""
     text = str(error)
     for phrase in _FULL:
         if phrase in text:
             return phrase[0].lower() + phrase[1:]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    # torch's zip writer reports a short write as a wrong position, and Megatron's worker passes
-    # on the type of what it met only: what is left on the disk decides.
+    # torch's zip writer reports a short write as a wrong position, and Megatron's worker passes on
+    # only the type of its error. In these cases the free space on the disk decides.
     if any(word in text for word in _WRITER):
         return _full_disk(save)
     cause = error.__cause__ or error.__context__
@@ -78,38 +81,38 @@ def _full_disk(save: Path) -> str | None:
 
 def _sentence(reason: str, save: Path, iteration: int) -> str:
     whole = [number for number, path in iterations(save).items() if is_complete(path)]
-    left = f"iteration {max(whole)} is the last that is" if whole else "none is"
+    left = f"the last complete one is iteration {max(whole)}" if whole else "no other is complete"
     rank = os.environ.get("RANK", "0")
     return (
-        f"the checkpoint of iteration {iteration} could not be written by rank {rank} to {save}: "
-        f"{reason}. It is incomplete and will not be loaded; {left} complete. Make room and start "
+        f"rank {rank} could not write the checkpoint of iteration {iteration} to {save}: {reason}. "
+        f"This checkpoint is incomplete and will not be loaded; {left}. Free some space and run "
         "the same command again"
     )
 
 
 class StopWatch:
-    """Remembers whether Megatron left its loop because of the signal.
+    """Remembers whether Megatron left its loop because of a signal.
 
     Attributes:
-        iteration: last finished one when the run left on request; None while it goes on.
+        iteration: last finished iteration of a run that stopped on request; None otherwise.
     """
 
     def __init__(self) -> None:
         self.iteration: int | None = None
 
     def on_exit(self, iteration: int) -> None:
-        """Remember whether a signal is why Megatron leaves; all ranks leave together."""
+        """Remember the iteration if a signal is why Megatron leaves its loop."""
         from megatron.training import get_args
         from megatron.training.global_vars import get_signal_handler
 
         settings: Any = get_args()
         handler: Any = get_signal_handler()
-        # All ranks reach this collective, because all of them leave.
+        # All ranks leave together, so all of them reach this collective.
         if settings.exit_signal_handler and any(handler.signals_received()):
             self.iteration = iteration
 
     def run(self, args: Namespace, train: Callable[[], None]) -> None:
-        """Call `train`; when it leaves on request, say so in the way that the launcher reads."""
+        """Call `train`; if it stops on request, report that where the launcher reads it."""
         try:
             train()
         except SystemExit:

@@ -1,17 +1,19 @@
-"""torchrun whose exit code a scheduler can act on.
+"""torchrun with an exit code that a scheduler can act on.
 
     python -m topk_megatron.train.launch --nproc-per-node 8 pretrain_topk_gpt.py …
 
-takes torchrun's own flags and is torchrun, but for three things. After SIGTERM it gives the ranks
-time to save (`--shutdown-timeout`, here 600 s unless given; torchrun's default of 30 s ends a large
-checkpoint half way), and when they stopped because they were asked to and have saved, it exits with
-75, where torchrun exits with 1 or with 0 depending on whom the signal reached first.
+This is torchrun, with torchrun's own flags, except in three respects:
 
-And ``--max-restarts`` works: torchrun lends its own store to the ranks, where the restarted ones
-find the addresses of the dead (pytorch/pytorch#135712); here every life of a job has a new store.
+- After SIGTERM it gives the ranks time to save: ``--shutdown-timeout`` is 600 s unless given.
+  torchrun's default of 30 s would cut off a large checkpoint.
+- When the ranks stopped on request and saved, it exits with 75. torchrun exits with 1 or 0,
+  depending on which process the signal reached first.
+- ``--max-restarts`` works, because the ranks get a new store after every restart. torchrun lends
+  them its own store, where restarted ranks find the addresses of dead ones
+  (pytorch/pytorch#135712).
 
-Ranks cannot tell of a stop by their own exit code: torchrun would take it for a failure and restart
-them. Local rank 0 leaves a note instead, in a file named by TOPK_STOP_NOTE.
+Ranks cannot report a stop by their exit code: torchrun would take it for a failure and restart
+them. Instead, local rank 0 leaves a note in the file that TOPK_STOP_NOTE names.
 """
 
 import os
@@ -26,7 +28,7 @@ GRACE_SECONDS = "600"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run torchrun; returns its exit code, or 75 when the ranks stopped on request and saved."""
+    """Run torchrun; return its exit code, or 75 if the ranks stopped on request and saved."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 

@@ -1,4 +1,4 @@
-"""The steps of a pretraining run: parse, check, build, hand over to Megatron."""
+"""The steps of a pretraining run: parse, check, build, and hand over to Megatron."""
 
 import os
 from argparse import Namespace
@@ -8,20 +8,24 @@ from typing import Any
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError, UserError
 
-# Megatron validates by assertions and by stumbling; while it reads arguments, both are the user's.
+# Megatron reports wrong arguments by assertions or by failing on them. While it reads arguments,
+# each of these errors is a user's mistake.
 _REFUSALS = (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeError, OSError)
 
 
 def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespace, TopKConfig]:
-    """Parse and validate the command line: our checks, Megatron's, and the checkpoint to resume.
+    """Parse the command line, and validate it by our checks, Megatron's and the checkpoint's.
 
     Args:
         device: ``cuda`` or ``cpu``.
         defaults: values for arguments that the command line leaves out.
 
     Returns:
-        Megatron's arguments (also set as its global ones), with the TopK settings as a plain
-        dictionary in ``args.topk`` so that they travel in every checkpoint.
+        Megatron's arguments, also set as its global ones, and the TopK settings. ``args.topk``
+        holds these settings as a plain dictionary, so that every checkpoint stores them.
+
+    Raises:
+        UserError: if the command line, a file or the checkpoint has to change.
     """
     from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -44,18 +48,18 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     check_settings(args, config)
     check_mlp(args, config)
     args.topk = config.to_dict()
-    # Megatron pads the vocabulary by the layout; only the tokenizer's own size can be compared.
+    # Megatron's padding of the vocabulary depends on the layout: compare the tokenizer's own size.
     tokenizer: Any = get_tokenizer()
     args.tokenizer_vocab_size = tokenizer.vocab_size
     if args.tokenizer_model is not None and Path(args.tokenizer_model).exists():
-        # The checkpoint is read from other working directories too.
+        # Other working directories read the checkpoint too.
         args.tokenizer_model = str(Path(args.tokenizer_model).resolve())
     check_resume(args, config, resume)
     return args, config
 
 
 def _reason(error: Exception) -> str:
-    """Megatron's message, or where it has none the assertion itself."""
+    """Return Megatron's message, or the failed assertion if there is no message."""
     if str(error):
         return " ".join(str(error).split())
     import traceback
@@ -65,14 +69,14 @@ def _reason(error: Exception) -> str:
 
 
 def be_one_process() -> None:
-    """Let a script that was started without torchrun be a job of one rank."""
+    """Make a script that was started without torchrun a job of one rank."""
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="localhost", MASTER_PORT="0")
 
 
 def announce(args: Namespace, config: TopKConfig, device: str) -> None:
-    """Say once what is about to be trained, and on what."""
+    """Print once what will be trained, and on which device."""
     from topk_megatron.train.arguments import describe_device
 
     if args.rank != 0:
@@ -110,7 +114,7 @@ def _describe_sites(config: TopKConfig) -> list[str]:
 
 
 def run(device: str) -> None:
-    """Pretrain. Every rank calls it, under torchrun or as one process."""
+    """Pretrain; every rank calls this, under torchrun or as a single process."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (

@@ -1,8 +1,8 @@
 """Statistics of the TopK layers, reduced over all ranks and written where Megatron writes its own.
 
-Ratios are formed from sums over every rank of the job. Tensor-parallel ranks without sequence
-parallelism see the same tokens and count them equally often in both sums; a layer lives on the
-ranks of one pipeline stage and adds nothing from the others.
+Ratios are computed from sums over every rank of the job. Without sequence parallelism,
+tensor-parallel ranks see the same tokens and count them equally often in both sums. A layer is on
+the ranks of one pipeline stage, and the other stages add nothing to its sums.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from topk_megatron.model.runtime import TopKRuntime
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMetrics:
-    """One TopK layer over one logged step.
+    """Statistics of one TopK layer over one logged step.
 
     Attributes:
         layer: number of the layer, counted from 0.
         density: share of outputs that are not zero; k / H unless kept values are zero themselves.
-        kept_norm: share of the squared norm of the layer's output that survives the TopK.
+        kept_norm: share of the squared norm that survives the TopK.
         silent: share of neurons that were zero for the last `silent_tokens` tokens.
     """
 
@@ -35,13 +35,15 @@ class LayerMetrics:
 def gather_metrics(
     runtime: TopKRuntime, silent_tokens: int, seen_tokens: int
 ) -> list[LayerMetrics]:
-    """Reduce the probes of all ranks; every rank must call it and every rank gets the result.
+    """Reduce the probes of all ranks; every rank must call this and gets the result.
+
+    The counters start with the process, so a neuron is silent if it was zero for
+    min(silent_tokens, seen_tokens) tokens.
 
     Args:
         runtime: this rank's TopK layers.
-        silent_tokens: how long a neuron must be zero to count as silent.
-        seen_tokens: tokens trained on since this process started. The counters begin with the
-            process: a neuron is silent when it was zero for min(silent_tokens, seen_tokens).
+        silent_tokens: tokens for which a silent neuron is zero.
+        seen_tokens: tokens trained on since this process started.
     """
     config = runtime.config
     device = torch.device(torch.cuda.current_device())
@@ -73,7 +75,12 @@ def gather_metrics(
 
 
 class MetricsLogger:
-    """Called after every training step; gathers and writes at Megatron's log interval."""
+    """Gathers and writes statistics at Megatron's log interval; called after every training step.
+
+    Attributes:
+        runtime: this rank's TopK layers.
+        seen_tokens: tokens trained on since this process started.
+    """
 
     def __init__(self, runtime: TopKRuntime) -> None:
         self.runtime = runtime
@@ -110,7 +117,7 @@ class MetricsLogger:
 
 
 def format_metrics(iteration: int, runtime: TopKRuntime, metrics: list[LayerMetrics]) -> str:
-    """One console line: a column per TopK layer, in the order of the layers."""
+    """Format one console line with a value per TopK layer, in the order of the layers."""
 
     def row(name: str) -> str:
         return " ".join(f"{100 * getattr(m, name):.3g}" for m in metrics)

@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint, and with which settings."""
+"""Decides whether a run may continue from a checkpoint, and with which settings."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -10,15 +10,15 @@ from topk_megatron.errors import CheckpointError, ConfigError, UnsafeCheckpointE
 
 
 def open_resume(args: Namespace) -> CheckpointReader | None:
-    """Open the checkpoint that this run continues from, once; None if there is none.
+    """Open the checkpoint that this run continues from; return None if there is none.
 
     Rank 0 also repairs a tracker that names no complete checkpoint, compares hashes under
     ``--verify-integrity`` (which reads every byte), and checks that Megatron's loader finds no code
-    in the checkpoint: the other ranks wait for it when the job's process groups are made.
+    in the checkpoint. The other ranks wait for rank 0 when the job's process groups are made.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the run needs one and there is none.
-        UnsafeCheckpointError: opening it could run code.
+        CheckpointError: if the checkpoint is damaged, or the run needs one and there is none.
+        UnsafeCheckpointError: if opening the checkpoint could run code.
     """
     if args.load is None:
         return None
@@ -38,7 +38,7 @@ def check_resume(args: Namespace, config: TopKConfig, resume: CheckpointReader |
     """Compare the checkpoint's vocabulary and settings with this run's.
 
     Raises:
-        CheckpointError: other TopK settings or another vocabulary, unless overridden.
+        CheckpointError: if the vocabulary differs, or the TopK settings do and are not overridden.
     """
     if resume is not None:
         _check_vocabulary(args, resume.args, resume.directory)
@@ -49,7 +49,7 @@ def check_trust(reader: CheckpointReader) -> None:
     """Refuse a checkpoint in which Megatron's loader could find code to run.
 
     Raises:
-        UnsafeCheckpointError: names the object and the way out.
+        UnsafeCheckpointError: names the object and the flag that skips this check.
     """
     try:
         reader.check_objects()
@@ -74,15 +74,18 @@ _FLAGS = (
 
 
 def choose_settings(args: Namespace, resume: CheckpointReader | None) -> TopKConfig:
-    """This run's TopK settings: its flags, and under ``--use-checkpoint-args`` the checkpoint's.
+    """Build this run's TopK settings, which nothing else does.
 
-    It is the only place that builds them. Each ``--topk-…`` flag on the command line wins over the
-    checkpoint's value. Where no end of annealing is given, a resumed run keeps the end that it
-    started with, also when it is made longer.
+    They come from the flags and, under ``--use-checkpoint-args``, from the checkpoint, whose values
+    the ``--topk-…`` flags on the command line override. If no end of annealing is given, a resumed
+    run keeps the end that it started with, even if the run is made longer.
 
     Args:
-        args: Megatron's arguments as they were parsed, not yet validated.
+        args: Megatron's parsed arguments, not yet validated.
         resume: the checkpoint that ``--load`` names, if there is one.
+
+    Raises:
+        ConfigError: if a size is missing or a setting is out of range.
     """
     settings = None if resume is None else getattr(resume.args, "topk", None)
     before = None if settings is None else TopKConfig.from_dict(settings)
@@ -108,7 +111,7 @@ def _sizes(saved: Namespace) -> dict[str, int]:
 
 
 def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
-    """The checkpoint's settings with those changed that the command line gives."""
+    """Return the checkpoint's settings, with those on the command line replaced."""
     given = {name: getattr(args, f"topk_{name}") for name in _FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     if "layers" in given:
@@ -124,14 +127,14 @@ def _merged(args: Namespace, saved: TopKConfig) -> TopKConfig:
 
 
 def _check_needed(args: Namespace) -> None:
-    """A run that only makes sense with a checkpoint must not go on with random weights."""
+    """Refuse to continue with random weights where the run only makes sense with a checkpoint."""
     if names_release(Path(args.load)):
         return
     for flag in ("finetune", "skip_train", "use_checkpoint_args"):
         if getattr(args, flag):
             raise CheckpointError(
-                f"--{flag.replace('_', '-')} needs a checkpoint, and {args.load} holds none that "
-                "is complete; check --load"
+                f"--{flag.replace('_', '-')} needs a checkpoint, but {args.load} holds no complete "
+                "one; check --load"
             )
 
 
@@ -141,7 +144,7 @@ def _check_vocabulary(args: Namespace, saved: Namespace, directory: Path) -> Non
     if before is not None and before != now:
         raise CheckpointError(
             f"the tokenizer does not fit the checkpoint: {directory} was trained with {before} "
-            f"pieces ({saved.tokenizer_model}), {args.tokenizer_model} has {now}; give the "
+            f"pieces ({saved.tokenizer_model}), but {args.tokenizer_model} has {now}; give the "
             "tokenizer that the checkpoint was trained with"
         )
 
@@ -150,8 +153,8 @@ def _check_topk(args: Namespace, config: TopKConfig, saved: Namespace, directory
     for name in ("hidden_size", "num_layers"):
         if getattr(saved, name) != getattr(args, name):
             raise CheckpointError(
-                f"{directory} is of another model: its {name} is {getattr(saved, name)}, this "
-                f"run's is {getattr(args, name)}"
+                f"{directory} holds a different model: its {name} is {getattr(saved, name)}, but "
+                f"this run's is {getattr(args, name)}; change --{name.replace('_', '-')} or --load"
             )
     settings = getattr(saved, "topk", None)
     before = None if settings is None else TopKConfig.from_dict(settings)
@@ -161,20 +164,20 @@ def _check_topk(args: Namespace, config: TopKConfig, saved: Namespace, directory
     text = "; ".join(differences)
     if args.finetune or args.topk_override:
         if args.rank == 0:
-            print(f"topk_megatron: TopK settings change from {directory}: {text}", flush=True)
+            print(f"topk_megatron: TopK settings differ from {directory}: {text}", flush=True)
         return
     raise CheckpointError(
-        f"{directory} was trained with other TopK settings: {text}; use the same, or "
-        "--topk-override to continue with the new ones, or --finetune for a new run from its "
+        f"{directory} was trained with different TopK settings: {text}; use the same settings, "
+        "--topk-override to continue with the new ones, or --finetune to start a new run from its "
         "weights"
     )
 
 
 def compare_topk(before: TopKConfig | None, now: TopKConfig) -> list[str]:
-    """Differences in words; dense models are equal whatever their unused settings.
+    """Describe the differences; dense models are equal whatever their unused settings.
 
     Args:
-        before: settings of the checkpoint; None if a dense Megatron run without them wrote it.
+        before: settings of the checkpoint; None if it was written by a stock Megatron run.
         now: settings of this run.
     """
     was_dense = before is None or not before.layers

@@ -1,4 +1,4 @@
-"""Text from a Megatron checkpoint of any layout, in one process."""
+"""Generates text from a Megatron checkpoint of any parallel layout, in one process."""
 
 import sys
 from argparse import Namespace
@@ -20,8 +20,14 @@ from topk_megatron.train.arguments import CPU_DEFAULTS
 class Sampler:
     """A trained model and its tokenizer, loaded once.
 
-    The model runs without a key-value cache: right for looking at samples of a small model; for
-    anything larger convert the checkpoint and use an inference library.
+    The model runs without a key-value cache, which suits samples from a small model. For anything
+    larger, convert the checkpoint and use an inference library.
+
+    Attributes:
+        args: Megatron's arguments.
+        model: the model, in evaluation mode.
+        runtime: the model's TopK layers.
+        tokenizer: Megatron's tokenizer.
     """
 
     def __init__(
@@ -33,24 +39,26 @@ class Sampler:
         tokenizer_model: Path | None = None,
         trust: bool = False,
     ) -> None:
-        """Load a torch_dist checkpoint with the settings that it carries.
+        """Load a torch_dist checkpoint with the settings stored in it.
 
         Args:
             checkpoint: the directory that was given to ``--save``.
             device: ``cuda`` or ``cpu``.
             iteration: which checkpoint; None is the latest.
             tokenizer_model: the tokenizer, if it is no longer where the training run found it.
-            trust: let Megatron open objects of classes that a checkpoint does not need.
+            trust: whether Megatron may open objects of classes that a checkpoint does not need.
 
         Raises:
-            UnsafeCheckpointError: opening the checkpoint could run code, and `trust` is False.
-            CheckpointError: there is no complete checkpoint in `checkpoint`, or its weights are not
-                those of the model that its settings describe.
-            DataError: the tokenizer is not there.
+            UnsafeCheckpointError: if opening the checkpoint could run code and `trust` is False.
+            CheckpointError: if `checkpoint` holds no complete checkpoint, or its weights do not
+                match its settings.
+            DataError: if the tokenizer is missing.
         """
         directory = find_checkpoint(checkpoint, iteration)
         if directory is None:
-            raise CheckpointError(f"{checkpoint} holds no complete torch_dist checkpoint")
+            raise CheckpointError(
+                f"{checkpoint} holds no complete torch_dist checkpoint; check --load"
+            )
         saved = CheckpointReader(directory).args
         flags = _flags(checkpoint, saved, iteration, tokenizer_model)
         flags += ["--topk-trust-checkpoint"] if trust else []
@@ -63,13 +71,16 @@ class Sampler:
     def __call__(
         self, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0
     ) -> str:
-        """Continue `prompt` by up to `num_tokens` tokens, ending early at the end of a document.
+        """Continue `prompt` by up to `num_tokens` tokens; the end of a document ends it early.
 
         Args:
-            prompt: any text; its last ``seq_length`` tokens are read.
-            num_tokens: tokens to draw.
-            temperature: 0 takes the likeliest token.
-            seed: of the draws; equal seeds give equal text.
+            prompt: any text; the model reads its last ``seq_length`` tokens.
+            num_tokens: number of tokens to draw.
+            temperature: temperature of the draws; 0 always takes the likeliest token.
+            seed: seed of the draws; equal seeds give equal text.
+
+        Returns:
+            The continuation, without the prompt.
         """
         generator = torch.Generator().manual_seed(seed)
         ids = list(self.tokenizer.tokenize(prompt)) or [self.tokenizer.eod]
@@ -87,7 +98,7 @@ class Sampler:
         tokens = torch.tensor([ids], device=device)
         length = tokens.shape[1]
         positions = torch.arange(length, device=device).unsqueeze(0)
-        # True where attention is not allowed, as Megatron's masks have it.
+        # True where attention is not allowed, as in Megatron's masks.
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
         return self.model(tokens, positions, mask)[0, -1].float().cpu()
 
@@ -102,7 +113,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int
 def _flags(
     checkpoint: Path, saved: Namespace, iteration: int | None, tokenizer_model: Path | None
 ) -> list[str]:
-    """The command line of a run that only loads."""
+    """Return the command line of a run that only loads."""
     tokenizer = str(tokenizer_model or saved.tokenizer_model or "")
     if tokenizer:
         check_tokenizer_path(saved.tokenizer_type, tokenizer)
@@ -142,13 +153,13 @@ def _model_settings(saved: Namespace) -> dict[str, Any]:
         if isinstance(value, StandIn):
             raise CheckpointError(
                 f"the checkpoint's {name} is a {type(value).__name__}, which this version of "
-                "Megatron does not have; use the version that trained the model"
+                "Megatron lacks; use the version that trained the model"
             )
     return settings
 
 
 def _check_weights(model: Any, directory: Path) -> None:
-    """Megatron passes over weights that the model does not ask for; so it is asked here."""
+    """Refuse a checkpoint with weights that the model lacks, which Megatron would skip."""
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     wanted = {getattr(item, "key", name) for name, item in model.sharded_state_dict().items()}

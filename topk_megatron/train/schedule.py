@@ -1,8 +1,9 @@
-"""Opens every step of Megatron's schedule: the one place where the k of a step is set.
+"""Opens every step of Megatron's schedule: the one place that sets the k of a step.
 
-A step sets k, decides whether statistics and verification run, and hands the communicator of the
-sparse transport to the schedule, with the process groups that the schedule would choose itself.
-Everyone else reads: layers and the metrics `TopKRuntime.k`, the transport what `begin` was given.
+Opening a step sets k, decides whether statistics and verification run, and passes the communicator
+of the sparse transport to the schedule, together with the process groups that the schedule would
+choose itself. All other code only reads k: layers and metrics from `TopKRuntime.k`, the transport
+from the arguments of its `begin`.
 """
 
 import functools
@@ -22,23 +23,28 @@ from topk_megatron.parallel.pipeline import SparseP2PCommunicator
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.verify import Verifier
 
-# In addition to the settings of the model, what both sides of a message must agree on.
+# Flags on which both sides of a message must agree, in addition to the model's settings.
 _FLAGS = ("topk_sparse_p2p", "topk_verify")
 
 
 class StepRunner:
-    """Runs the steps of one rank, with the sparse transport and sparse saving that it was given.
+    """Runs the steps of one rank, with sparse transport and sparse saving if they are on.
 
     Attributes:
         runtime: the TopK layers of this rank.
-        verifier: compares sparse forms with dense ones in some steps.
-        sends_sparsely: whether stages exchange sparse messages.
+        verifier: compares sparse forms with dense ones in verified steps.
+        sends_sparsely: whether pipeline stages exchange sparse messages.
         saver: packs saved activations; None keeps them dense.
-        communicator: sends sparsely; made in the first step, None without sparse transport.
+        communicator: sends sparse messages; None before the first step or without sparse transport.
     """
 
     def __init__(self, args: Namespace, runtime: TopKRuntime) -> None:
-        """Args: args: Megatron's, with the ``--topk-…`` flags. runtime: shared with the layers."""
+        """Set up verification and saving; the communicator is built in the first step.
+
+        Args:
+            args: Megatron's arguments, with the ``--topk-…`` flags.
+            runtime: the TopK layers of this rank.
+        """
         self.runtime = runtime
         self.verifier = Verifier(args.topk_verify)
         self.sends_sparsely: bool = args.topk_sparse_p2p
@@ -68,7 +74,7 @@ class StepRunner:
         return result
 
     def _prepare(self, args: Namespace, model: list[Any]) -> None:
-        """In the first step: compare the ranks' settings, and enter the model's chunks."""
+        """In the first step, compare the ranks' settings and set up the sparse forms."""
         if self._prepared:
             return
         self._prepared = True
@@ -90,9 +96,9 @@ class StepRunner:
                     _look_up_again(get_attr_wrapped_model(chunk, "embedding"), self.saver)
 
     def _ends_in_topk(self, chunk: Any) -> bool:
-        """Whether what this chunk sends is a TopK's output, as it left the layer.
+        """Return whether this chunk sends the unchanged output of a TopK.
 
-        The model's last layer is followed by the final norm, on whatever stage that is.
+        The final norm follows the model's last layer, on whichever stage that is.
         """
         layers = get_attr_wrapped_model(chunk, "decoder").layers
         if not len(layers):
@@ -110,9 +116,9 @@ class StepRunner:
 
 
 def current_iteration(args: Namespace) -> int:
-    """The number of the step that runs, counted from 0.
+    """Return the number of the current step, counted from 0.
 
-    `args.iteration` is where this run began: an evaluation before the first step (a finished run
+    `args.iteration` is where this run began. An evaluation before the first step (a finished run
     loaded again, --skip-train) must use the k of the last step, not of step 0.
     """
     return max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
@@ -125,7 +131,7 @@ def _default_groups() -> Any:
 
 
 def _save_sparsely(decoder: Any, saver: SparseSaver) -> None:
-    """Let the saver work while the layers of a model chunk run."""
+    """Make the saver pack while the layers of a model chunk run."""
 
     def enter(module: Any, _: Any) -> None:
         if module.training:
@@ -139,9 +145,9 @@ def _save_sparsely(decoder: Any, saver: SparseSaver) -> None:
 
 
 def _look_up_again(embedding: Any, saver: SparseSaver) -> None:
-    """Let the saver keep token ids in place of the embedding's output.
+    """Make the saver keep token ids in place of the embedding's output.
 
-    Dropout would draw other numbers the second time, so that the output is kept with it.
+    Dropout would draw different numbers the second time, so with dropout the output is kept.
     """
 
     def remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -154,10 +160,10 @@ def _look_up_again(embedding: Any, saver: SparseSaver) -> None:
 
 
 def check_same_settings(args: Namespace) -> None:
-    """Compare the TopK settings of all ranks; every rank must call it.
+    """Compare the TopK settings of all ranks; every rank must call this.
 
     Raises:
-        ConfigError: on every rank, with the setting and two ranks that differ in it.
+        ConfigError: on every rank; names the setting and two ranks that differ in it.
     """
     mine = {**args.topk, **{name: getattr(args, name) for name in _FLAGS}}
     everyone: list[Any] = [None] * dist.get_world_size()

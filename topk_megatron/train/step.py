@@ -1,4 +1,4 @@
-"""One microbatch: fetch it, run the model, reduce the loss."""
+"""One microbatch: fetch it, run the model and reduce the loss."""
 
 import os
 from argparse import Namespace
@@ -24,22 +24,22 @@ from topk_megatron.errors import RunError
 from topk_megatron.train.data import needs_batch, predicts_ahead
 
 Batch = dict[str, Any]
-# Megatron's globals are Optional to a type checker and set by the time a step runs.
+# To a type checker Megatron's globals are Optional; they are set by the time a step runs.
 mpu: Any = parallel_state
 
 _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
-# A loss that is this many times the largest seen so far is reported (--check-for-spiky-loss).
+# A loss this many times the largest one so far is reported (--check-for-spiky-loss).
 _SPIKE = 10
 
 
 def forward_step(
     data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """Run one microbatch; Megatron's `forward_step` (its schedule opens the step before).
+    """Run one microbatch, as Megatron's `forward_step` does; `StepRunner` has opened the step.
 
     Returns:
-        The model's output (losses [b, s] on the last stage) and the reduction of it.
+        The model's output (losses [b, s] on the last stage) and the function that reduces it.
     """
     args: Any = get_args()
     timers: Any = get_timers()
@@ -63,8 +63,9 @@ def get_batch(args: Namespace, data_iterator: Iterator[Batch], vp_stage: int | N
     the sequence. Entries that this stage does not need are None.
 
     Returns:
-        tokens, labels, position_ids: int64 [b, s]; loss_mask: float [b, s]; attention_mask: bool
-        [b, 1, s, s] or None; and the packing entries, None unless sequences are packed.
+        A dictionary of ``tokens``, ``labels`` and ``position_ids``, int64 [b, s]; ``loss_mask``,
+        float [b, s]; ``attention_mask``, bool [b, 1, s, s] or None; and the packing entries, None
+        unless sequences are packed.
     """
     packed = args.sft or args.dataloader_inter_document_masking
     needed = needs_batch(args, vp_stage)
@@ -138,7 +139,8 @@ def reduce_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict
         output: [b, s], negative log-likelihoods in nats.
 
     Returns:
-        loss (sum over tokens), number of tokens (int), and what Megatron logs as ``lm loss``.
+        The loss summed over tokens, the number of tokens (int), and the entry that Megatron logs
+        as ``lm loss``.
     """
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.reshape(-1).float() * mask)
@@ -152,8 +154,8 @@ def _validate_loss(loss: Tensor) -> None:
     """Check a rank's own loss, before ranks average it.
 
     Raises:
-        RunError: the loss is NaN or infinite (under ``--rerun-mode disabled``, the default here;
-            otherwise Megatron first tries to find out whether the hardware is to blame).
+        RunError: if the loss is NaN or infinite under ``--rerun-mode disabled``, the default here.
+            In other modes Megatron first tries to find out whether the hardware is at fault.
     """
     args: Any = get_args()
     machine = get_rerun_state_machine()

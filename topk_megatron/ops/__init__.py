@@ -6,8 +6,8 @@ from topk_megatron.ops.api import (
     topk_mask_with_bits,
     unpack_sparse,
 )
-from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.extension import TopKFallbackWarning
+from topk_megatron.ops.library import TopKArgumentError
 
 __all__ = [
     "TopKArgumentError",

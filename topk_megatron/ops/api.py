@@ -8,8 +8,7 @@ and k indices; `pack_sparse` and `unpack_sparse` go between that form and the de
 import torch
 from torch import Tensor
 
-from topk_megatron.ops.errors import TopKArgumentError
-from topk_megatron.ops.library import OPS
+from topk_megatron.ops.library import OPS, TopKArgumentError
 from topk_megatron.ops.reference import num_words
 
 MODES = ("value", "abs")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.extension import warn_fallback
 from topk_megatron.ops.reference import (
     bits_to_indices_reference,
@@ -30,6 +29,11 @@ from topk_megatron.ops.reference import (
 )
 
 NAMESPACE = "topk_megatron"
+
+
+class TopKArgumentError(ValueError):
+    """An argument of a top-k operator is out of its domain; the message says what is allowed."""
+
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("topk_mask(Tensor x, int k, str mode) -> (Tensor, Tensor)")

@@ -272,42 +272,26 @@ struct Ops<F, Abs, 2> {
   }
 };
 
+struct Traits {
+  static constexpr bool kFloat64 = false;
+  static constexpr int kStreamBytes = 32;
+  static void stream(const char* from, char* to) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
 }  // namespace avx2
 }  // namespace topk_megatron
 
 #define TOPK_ISA avx2
-#include "topk_mask_cpu_row.h"
+#include "topk_mask_cpu_entry.h"
 #undef TOPK_ISA
 
 namespace topk_megatron {
 
-void avx2_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) avx2::forward_format<Float32>(args, begin, end);
-  if (args.dtype == Dtype::kBFloat16) avx2::forward_format<BFloat16>(args, begin, end);
-  if (args.dtype == Dtype::kFloat16) avx2::forward_format<Float16>(args, begin, end);
-  _mm_sfence();  // streamed stores are ordered before what the next thread reads
-}
-
-void avx2_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) {
-    avx2::backward_format<Float32>(args, begin, end);
-  } else {
-    avx2::backward_format<BFloat16>(args, begin, end);
-  }
-  _mm_sfence();
-}
-
-void avx2_stream_copy(const void* src, void* dst, int64_t num_bytes) {
-  const char* from = static_cast<const char*>(src);
-  char* to = static_cast<char*>(dst);
-  int64_t at = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
-    for (; at + 32 <= num_bytes; at += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
-  std::memcpy(to + at, from + at, static_cast<size_t>(num_bytes - at));
-  _mm_sfence();
-}
+constexpr Unit kAvx2 = avx2::kUnit;
 
 }  // namespace topk_megatron
 

@@ -248,41 +248,25 @@ struct Ops<F, Abs, 2> {
   }
 };
 
+struct Traits {
+  static constexpr bool kFloat64 = false;
+  static constexpr int kStreamBytes = 64;
+  static void stream(const char* from, char* to) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
 }  // namespace avx512
 }  // namespace topk_megatron
 
 #define TOPK_ISA avx512
-#include "topk_mask_cpu_row.h"
+#include "topk_mask_cpu_entry.h"
 #undef TOPK_ISA
 
 namespace topk_megatron {
 
-void avx512_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) avx512::forward_format<Float32>(args, begin, end);
-  if (args.dtype == Dtype::kBFloat16) avx512::forward_format<BFloat16>(args, begin, end);
-  if (args.dtype == Dtype::kFloat16) avx512::forward_format<Float16>(args, begin, end);
-  _mm_sfence();  // streamed stores are ordered before what the next thread reads
-}
-
-void avx512_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) {
-    avx512::backward_format<Float32>(args, begin, end);
-  } else {
-    avx512::backward_format<BFloat16>(args, begin, end);
-  }
-  _mm_sfence();
-}
-
-void avx512_stream_copy(const void* src, void* dst, int64_t num_bytes) {
-  const char* from = static_cast<const char*>(src);
-  char* to = static_cast<char*>(dst);
-  int64_t at = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
-    for (; at + 64 <= num_bytes; at += 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
-  std::memcpy(to + at, from + at, static_cast<size_t>(num_bytes - at));
-  _mm_sfence();
-}
+constexpr Unit kAvx512 = avx512::kUnit;
 
 }  // namespace topk_megatron
 

@@ -26,16 +26,18 @@ namespace topk_megatron {
 // A buffer of this thread, at least num_bytes, aligned to a page, kept for the next call.
 void* scratch(size_t num_bytes);
 
-void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void portable_backward(const BackwardArgs& args, int64_t begin, int64_t end);
+// What one translation unit compiles for one instruction set; see topk_mask_cpu_entry.h.
+struct Unit {
+  void (*forward)(const ForwardArgs& args, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs& args, int64_t begin, int64_t end);
+  void (*stream_copy)(const void* src, void* dst, int64_t num_bytes);
+};
 
 #if TOPK_MASK_X86
-void avx2_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void avx2_backward(const BackwardArgs& args, int64_t begin, int64_t end);
-void avx2_stream_copy(const void* src, void* dst, int64_t num_bytes);
-void avx512_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void avx512_backward(const BackwardArgs& args, int64_t begin, int64_t end);
-void avx512_stream_copy(const void* src, void* dst, int64_t num_bytes);
+extern const Unit kAvx2, kAvx512;
 #endif
+
+// Forward by integer keys: for rows that another unit leaves to the portable path.
+void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end);
 
 }  // namespace topk_megatron

@@ -258,8 +258,7 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const Raw* x = static_cast<const Raw*>(args.x) + r * args.hidden;
     Raw* y = static_cast<Raw*>(args.y) + r * args.hidden;
-    if (!Row<F, Abs>::template run<Stream>(x, y, args.bits + r * plan.words, plan, found,
-                                                forecast))
+    if (!Row<F, Abs>::template run<Stream>(x, y, args.bits + r * plan.words, plan, found, forecast))
       portable_rows(args, r, r + 1);
   }
 }

@@ -58,7 +58,7 @@ def test_a_toolkit_of_another_cuda_version_is_a_reason(tmp_path: Path) -> None:
     done, where = build(tmp_path, TOPK_MEGATRON_BUILD_CPU="off", CUDA_HOME=str(tmp_path / "cuda"))
     assert done.returncode == 0, done.stderr
     reason = (where / "_build_error_cuda.txt").read_text()
-    assert "is of CUDA 9" in reason or "cannot be run" in reason
+    assert "is for CUDA 9" in reason or "cannot be run" in reason
 
 
 @pytest.mark.slow

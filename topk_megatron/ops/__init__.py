@@ -1,4 +1,4 @@
-"""The operator: top-k plus mask over the last dimension. Imports nothing of the project."""
+"""The operator: top-k plus mask over the last dimension. It imports nothing else of the project."""
 
 from topk_megatron.ops.api import (
     pack_sparse,

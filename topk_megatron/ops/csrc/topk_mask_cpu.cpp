@@ -1,4 +1,4 @@
-// The portable path, the choice of instruction set, and what needs no SIMD.
+// The portable unit, the choice of instruction set, and the code that needs no SIMD.
 
 #include "topk_mask_cpu_internal.h"
 
@@ -101,8 +101,8 @@ void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void* scratch(size_t num_bytes) {
-  // Aligned to a page: few candidates make many overlapping stores at about one place, and a store
-  // across two pages takes several times as long.
+  // Aligned to a page: with few candidates many overlapping stores go to nearly the same address,
+  // and a store across two pages takes several times as long.
   constexpr size_t kPage = 4096;
   struct Buffer {
     void* data = nullptr;
@@ -123,7 +123,7 @@ void* scratch(size_t num_bytes) {
 
 #if TOPK_MASK_X86
 
-// A float compare that flushes denormals would call them all equal; the contract does not.
+// A float compare that flushes denormals finds them all equal; the contract does not.
 struct KeepDenormals {
   unsigned saved = _mm_getcsr();
   KeepDenormals() { _mm_setcsr(saved & ~0x8040u); }
@@ -149,7 +149,7 @@ static const Unit& unit(Isa isa) {
 #else
 
 struct KeepDenormals {
-  KeepDenormals() {}  // a constructor, so that an unused guard is no warning
+  KeepDenormals() {}  // without a constructor the compiler would warn of an unused variable
 };
 
 Isa cpu_best_isa() { return Isa::kPortable; }

@@ -1,4 +1,4 @@
-// AVX2: every x86-64 server of the last ten years. Compress is a shuffle by a table of 256 masks.
+// AVX2: every x86-64 server of the last ten years. Compress is a shuffle by a table for 256 masks.
 
 #include "topk_mask_cpu_internal.h"
 
@@ -16,7 +16,7 @@
 namespace topk_megatron {
 namespace avx2 {
 
-// For each 8-bit mask: the positions of its set bits in ascending order, one a byte.
+// For each 8-bit mask: the positions of its set bits in ascending order, one per byte.
 struct CompressTable {
   alignas(64) uint64_t lanes[256] = {};  // lane numbers, for 8 x 32 bit
   alignas(64) uint8_t bytes[256][16] = {};  // byte numbers, for 8 x 16 bit
@@ -39,7 +39,7 @@ static constexpr CompressTable kCompress;
 template <typename F, bool Abs, int kBytes = sizeof(typename F::Raw)>
 struct Ops;
 
-// float32: "key >= t" is "not (x <= value of t - 1)", which a NaN of either sign passes.
+// float32: "key >= t" is "not (x <= the value with key t - 1)", which a NaN of either sign passes.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 4> {
   using Raw = uint32_t;
@@ -55,7 +55,7 @@ struct Ops<F, Abs, 4> {
   static Threshold threshold(Key t) {
     const Key below = t - 1;
     const uint32_t raw = below < 0 ? static_cast<uint32_t>(-below) | 0x80000000u : below;
-    // Below the smallest key is a NaN's pattern; everything passes the compare with a NaN.
+    // The pattern below the smallest key is a NaN's, and everything passes the compare with a NaN.
     return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(raw)));
   }
 
@@ -146,9 +146,9 @@ struct Ops<F, Abs, 4> {
   }
 };
 
-// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, save
-// for negative NaN above a positive t, which NanWatch looks for. AVX2 compares signed integers
-// only, so both sides carry an offset of 2^15.
+// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, except
+// for negative NaN above a positive t, which NanWatch detects. AVX2 compares only signed integers,
+// so both sides carry an offset of 2^15.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 2> {
   using Raw = uint16_t;
@@ -165,7 +165,7 @@ struct Ops<F, Abs, 2> {
 
   struct NanWatch {
     __m256i most;
-    NanWatch() : most(_mm256_setzero_si256()) {}  // an implicit constructor would miss the target
+    NanWatch() : most(_mm256_setzero_si256()) {}  // an implicit one would lack the target
     void see(const Raw* p) {
       if (!Abs) most = _mm256_max_epu16(most, _mm256_max_epu16(load(p), load(p + 16)));
     }

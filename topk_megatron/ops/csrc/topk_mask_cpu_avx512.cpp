@@ -19,7 +19,7 @@ namespace avx512 {
 template <typename F, bool Abs, int kBytes = sizeof(typename F::Raw)>
 struct Ops;
 
-// float32: "key >= t" is "not (x <= value of t - 1)", which a NaN of either sign passes.
+// float32: "key >= t" is "not (x <= the value with key t - 1)", which a NaN of either sign passes.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 4> {
   using Raw = uint32_t;
@@ -35,7 +35,7 @@ struct Ops<F, Abs, 4> {
   static Threshold threshold(Key t) {
     const Key below = t - 1;
     const uint32_t raw = below < 0 ? static_cast<uint32_t>(-below) | 0x80000000u : below;
-    // Below the smallest key is a NaN's pattern; everything passes the compare with a NaN.
+    // The pattern below the smallest key is a NaN's, and everything passes the compare with a NaN.
     return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(raw)));
   }
 
@@ -125,8 +125,8 @@ struct Ops<F, Abs, 4> {
   }
 };
 
-// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, save
-// for negative NaN above a positive t, which NanWatch looks for.
+// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, except
+// for negative NaN above a positive t, which NanWatch detects.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 2> {
   using Raw = uint16_t;
@@ -139,7 +139,7 @@ struct Ops<F, Abs, 2> {
 
   struct NanWatch {
     __m512i most;
-    NanWatch() : most(_mm512_setzero_si512()) {}  // an implicit constructor would miss the target
+    NanWatch() : most(_mm512_setzero_si512()) {}  // an implicit one would lack the target
     void see(const Raw* p) { see(_mm512_loadu_si512(p)); }
     void see(__m512i x) {
       if (!Abs) most = _mm512_max_epu16(most, x);
@@ -183,8 +183,8 @@ struct Ops<F, Abs, 2> {
     return put(x, compare(x, t), out);
   }
 
-  // Above zero one subtraction serves both ends, and it is the vector ports that this pass is
-  // limited by.
+  // Above zero one subtraction serves both ends. That matters because the vector ports limit this
+  // pass.
   struct Window {
     Threshold low, high;
     __m512i width;

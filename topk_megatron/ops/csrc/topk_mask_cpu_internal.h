@@ -1,5 +1,5 @@
-// What the translation units of the CPU kernel share. Standard headers are included here, before a
-// unit switches its instruction set on, so that no inline function of theirs is compiled with
+// Shared by the translation units of the CPU kernel. Standard headers are included here, before a
+// unit enables its instruction set, so that none of their inline functions is compiled with
 // instructions that the CPU may lack.
 #pragma once
 
@@ -23,10 +23,11 @@
 
 namespace topk_megatron {
 
-// A buffer of this thread, at least num_bytes, aligned to a page, kept for the next call.
+// This thread's buffer: at least num_bytes, aligned to a page, and kept for the next call.
 void* scratch(size_t num_bytes);
 
-// What one translation unit compiles for one instruction set; see topk_mask_cpu_entry.h.
+// The entry points that one translation unit compiles for its instruction set; they are defined in
+// topk_mask_cpu_entry.h.
 struct Unit {
   void (*forward)(const ForwardArgs& args, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs& args, int64_t begin, int64_t end);

@@ -1,16 +1,16 @@
 """Builds the operator's kernels; everything declarative is in pyproject.toml.
 
-Two shared libraries, each with a switch of its own in the environment:
+There are two shared libraries, each with its own switch in the environment:
 
     TOPK_MEGATRON_BUILD_CPU    auto (default) | force | off
     TOPK_MEGATRON_BUILD_CUDA   auto (default) | force | off
 
-`auto` builds what it can. What it cannot build is left out, and the reason is installed beside the
-package, where the fallback's warning finds it. `force` turns the same problem into an error. CUDA
-code is made for TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX) by the toolkit in CUDA_HOME, or
-else by the one behind `nvcc`. The compiler is CXX, or else c++.
+`auto` builds what it can. It leaves out a library that it cannot build and installs the reason with
+the package, where the fallback's warning finds it. `force` turns the same problem into an error.
+CUDA code is built for TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX) by the toolkit in CUDA_HOME,
+or else by the one behind `nvcc`. The C++ compiler is CXX, or else c++.
 
-Only torch's stable ABI is used: a build serves every torch from TORCH_TARGET_VERSION on.
+The libraries use only torch's stable ABI: one build serves torch TORCH_TARGET_VERSION and later.
 """
 
 import os
@@ -47,7 +47,7 @@ def switch(name: str) -> str:
 
 
 def run(command: list[str]) -> str:
-    """Run a compiler; its own words are the error."""
+    """Run a compiler and return its output; if it fails, the error carries that output."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as problem:
@@ -63,12 +63,12 @@ def cxx_command(*, cuda: bool) -> list[str]:
 
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
     flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
-    flags += ["-DUSE_CUDA"] if cuda else []  # opens the stable ABI's functions for streams
+    flags += ["-DUSE_CUDA"] if cuda else []  # makes the stable ABI's stream functions visible
     return [*os.environ.get("CXX", "c++").split(), *flags, *(f"-I{p}" for p in include_paths())]
 
 
 def find_cuda_home() -> Path:
-    """The toolkit of CUDA_HOME, or of the nvcc on PATH, which may be a wrapper around one."""
+    """Find the toolkit in CUDA_HOME, or behind the nvcc on PATH, which may be a wrapper."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
@@ -87,11 +87,11 @@ def check_cuda_matches(nvcc: Path) -> None:
     found = release.group(1) if release else "unknown"
     wanted = (torch.version.cuda or "none").split(".")[0]
     if found != wanted:
-        raise KernelBuildError(f"{nvcc} is of CUDA {found}, this torch of CUDA {wanted}")
+        raise KernelBuildError(f"{nvcc} is for CUDA {found}, but this torch is for CUDA {wanted}")
 
 
 def gencode_flags(arch_list: str) -> list[str]:
-    """`8.0;9.0+PTX` to nvcc's -gencode options."""
+    """Turn `8.0;9.0+PTX` into nvcc's -gencode options."""
     flags = []
     for arch in re.split(r"[;,\s]+", arch_list.strip()):
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -102,7 +102,7 @@ def gencode_flags(arch_list: str) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Compiles each library by plain compiler calls, so that a failure's text is at hand."""
+    """Compiles each library by plain compiler calls, which keeps the text of a failure at hand."""
 
     def run(self) -> None:
         target = Path(".") if self.inplace else Path(self.build_lib)
@@ -137,9 +137,9 @@ class BuildKernels(build_ext):
             if source.endswith(".cu"):
                 archs = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS))
                 command = [str(nvcc), "-std=c++17", "-O3", "-Xcompiler=-fPIC", *archs]
-            made = str(objects_dir / f"{source}.o")
-            run([*command, "-c", str(CSRC / source), "-o", made])
-            return made
+            compiled = str(objects_dir / f"{source}.o")
+            run([*command, "-c", str(CSRC / source), "-o", compiled])
+            return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
@@ -155,7 +155,7 @@ class BuildKernels(build_ext):
         return nvcc
 
     def get_outputs(self) -> list[str]:
-        return []  # a library that could not be built is no output
+        return []  # setuptools requires every output to exist, and a library may be missing
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -1,14 +1,14 @@
-"""The operator against torch.topk + scatter, a kthvalue threshold and copies of the same tensor.
+"""Times the operator next to torch.topk + scatter, a kthvalue threshold and copies of the tensor.
 
     python benchmarks/topk_mask.py                          # all tables, some minutes
     python benchmarks/topk_mask.py --hidden 2048 --k 128    # some of them
     python benchmarks/topk_mask.py --device cuda
 
-Repeats are interleaved, so that a busy machine slows all rows of a table alike; numbers are medians
-in nanoseconds a row, and ratios are of medians within one table. On CPU, outputs are allocated
-once: the page faults of fresh memory would otherwise hide the kernel.
+Repeats are interleaved, so that a busy machine slows all rows of a table alike. Numbers are medians
+in nanoseconds per row, and ratios are of medians within one table. On CPU, outputs are allocated
+once, because the page faults of fresh memory would hide the kernel.
 
-Shape suffixes: R rows, H hidden, K selected, W words of the bitmask.
+Shape suffixes: R rows, H hidden size, K selected, W words of the bitmask.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Setting:
 
 
 def make_rows(kind: str, setting: Setting) -> Tensor:
-    """Rows [R, H]: random, with the mass ties that models make, or each of another scale."""
+    """Return rows [R, H]: random, with the mass ties that models make, or of different scales."""
     generator = torch.Generator().manual_seed(0)
     x_RH = torch.randn(setting.shape_RH, generator=generator)
     match kind:
@@ -70,19 +70,19 @@ def make_rows(kind: str, setting: Setting) -> Tensor:
 
 
 def topk_scatter(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
-    """What a model does without the operator."""
+    """Do what a model does without the operator."""
     values_RK, indices_RK = torch.topk(x_RH, k, dim=-1, sorted=False)
     y_RH.zero_().scatter_(-1, indices_RK, values_RK)
 
 
 def kthvalue_threshold(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
-    """Keeps more than k where values tie."""
+    """Mask by the k-th value; this keeps more than k where values tie."""
     threshold_R1 = torch.kthvalue(x_RH, x_RH.shape[-1] - k + 1, dim=-1, keepdim=True).values
     torch.mul(x_RH, x_RH >= threshold_R1, out=y_RH)
 
 
 def timer(device: str) -> Callable[[Callable[[], object], int], float]:
-    """A function that runs work a number of times and returns seconds a run."""
+    """Return a function that runs work a number of times and returns seconds per run."""
 
     def on_cpu(work: Callable[[], object], number: int) -> float:
         start = time.perf_counter()
@@ -103,7 +103,7 @@ def timer(device: str) -> Callable[[Callable[[], object], int], float]:
 
 
 def medians(works: dict[str, Callable[[], object]], setting: Setting) -> dict[str, float]:
-    """Nanoseconds a row of each work; one run of each in turn, repeated."""
+    """Return nanoseconds per row of each work; runs take turns, repeatedly."""
     measure = timer(setting.device)
     times: dict[str, list[float]] = {name: [] for name in works}
     number = {}
@@ -136,7 +136,7 @@ def copy_work(x_RH: Tensor, y_RH: Tensor, *, stream: bool) -> Callable[[], objec
 
 
 def compare(setting: Setting) -> list[str]:
-    """Cells of one line: the works in ns a row, then the ratios that targets are set for."""
+    """Return one line's cells: each work in ns per row, then the ratios that have targets."""
     x_RH = make_rows("random", setting)
     y_RH, k = torch.empty_like(x_RH), setting.k
     bits_RW = OPS.topk_mask(x_RH, k, "value")[1]
@@ -159,7 +159,7 @@ def compare(setting: Setting) -> list[str]:
 
 
 def compare_kinds(setting: Setting) -> list[str]:
-    """Cells of one line: rows of other kinds relative to random ones."""
+    """Return one line's cells: rows of other kinds relative to random ones."""
     rows = {kind: make_rows(kind, setting) for kind in ROW_KINDS}
     y_RH = torch.empty_like(rows["random"])
     bits_RW = OPS.topk_mask(rows["random"], setting.k, "value")[1]
@@ -209,18 +209,23 @@ def run(options: argparse.Namespace) -> None:
             heads = [[str(s.hidden_size), str(s.k)] for s in settings]
             megabytes = f"{num_bytes / (1 << 20):g} MiB"
             rows = [head + compare(s) for head, s in zip(heads, settings, strict=True)]
-            print_table(f"{name}, {place} ({megabytes}), ns a row", columns, rows)
+            print_table(f"{name}, {place} ({megabytes}), ns per row", columns, rows)
             rows = [head + compare_kinds(s) for head, s in zip(heads, settings, strict=True)]
             print_table(f"{name}, {place}: other kinds of rows", kind_columns, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--k", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=31)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--hidden", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="row lengths H")
+    add(
+        "--k", type=int, nargs="+", default=[64, 128, 256, 512], help="selected coordinates per row"
+    )
+    add(
+        "--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one run for each value"
+    )
+    add("--repeats", type=int, default=31, help="timed repeats of each work")
     options = parser.parse_args()
     for num_threads in options.threads if options.device == "cpu" else [1]:
         torch.set_num_threads(num_threads)

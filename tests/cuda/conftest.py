@@ -1,4 +1,4 @@
-"""Builds what the CUDA tests execute, once a session."""
+"""Builds what the CUDA tests execute, once per session."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from ptx_runner import PTX_ARCHITECTURES, PtxTools
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    """The CUDA source under the project's own emulation."""
+    """Build the CUDA source under the project's own emulation."""
     if find_compiler() is None:
         pytest.skip("no C++ compiler (g++, c++, clang++ or $CXX): the CUDA source is not executed")
     return EmulatedKernels(build(tmp_path_factory.mktemp("emulated") / "libtopk_emulated.so"))
@@ -26,7 +26,7 @@ def _run(command: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def nvcc() -> str:
-    """The CUDA compiler."""
+    """Find the CUDA compiler."""
     found = os.environ.get("TOPK_NVCC") or shutil.which("nvcc")
     if found is None:
         pytest.skip("no nvcc on PATH: PTX and SASS are not checked")
@@ -35,7 +35,7 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="session")
 def ptx_tools(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> PtxTools:
-    """What executes the PTX; TOPK_PTXEMU_DIR names the folder of ptxemu.h and ptxemu.cc."""
+    """Build the PTX and its driver; TOPK_PTXEMU_DIR is the folder of ptxemu.h and ptxemu.cc."""
     emulator = os.environ.get("TOPK_PTXEMU_DIR")
     if emulator is None:
         pytest.skip("TOPK_PTXEMU_DIR (folder of the PTX emulator) is not set: PTX is not executed")

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels with a C++ compiler and runs them on CPU, one fiber a CUDA thread."""
+"""Builds the CUDA kernels with a C++ compiler and runs them on CPU, one fiber per CUDA thread."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ SHARED_LIMIT = 227 * 1024
 
 
 def find_compiler() -> str | None:
-    """A C++17 compiler: $CXX, or the usual names."""
+    """Find a C++17 compiler: $CXX, or one of the usual names."""
     return next(
         (
             found
@@ -42,7 +42,7 @@ def build(
 
     Raises:
         FileNotFoundError: there is no C++ compiler.
-        RuntimeError: it failed; the message has its words.
+        RuntimeError: the compiler failed; the message has its output.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -75,7 +75,7 @@ class EmulatedKernels:
     def forward(
         self, x_RH: Tensor, k: int, mode: str, *, seed: int = 0, shared_limit: int = SHARED_LIMIT
     ) -> tuple[Tensor, Tensor, str]:
-        """Returns y [R, H], bits [R, ceil(H / 32)] and the name of the variant that ran."""
+        """Return y [R, H], bits [R, ceil(H / 32)] and the name of the variant that ran."""
         rows, hidden = x_RH.shape
         y_RH = torch.full_like(x_RH, 7.0)
         bits = torch.full((rows, -(-hidden // WORD_BITS)), 0x55555555, dtype=torch.int32)
@@ -86,7 +86,7 @@ class EmulatedKernels:
         return y_RH, bits, VARIANTS[variant]
 
     def backward(self, dy_RH: Tensor, bits: Tensor, *, seed: int = 0) -> Tensor:
-        """dx [R, H]: dy on the selected coordinates."""
+        """Return dx [R, H]: dy on the selected coordinates, +0 elsewhere."""
         rows, hidden = dy_RH.shape
         dx_RH = torch.full_like(dy_RH, 7.0)
         self._library.emulated_backward(

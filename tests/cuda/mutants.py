@@ -2,9 +2,9 @@
 
     python tests/cuda/mutants.py [name ...]
 
-Every mutant is a textual change of a `.cuh` file. It is first given to `test_cuda_source.py`; if
-that passes and TOPK_PTXEMU_DIR is set, to `test_cuda_ptx.py`. Prints a Markdown table; the exit
-status is the number of survivors.
+Every mutant is a textual change of a `.cuh` file. It faces `test_cuda_source.py` first and, if that
+passes and TOPK_PTXEMU_DIR is set, `test_cuda_ptx.py`. The script prints a Markdown table; its exit
+status is the number of survivors. benchmarks/results/topk_mask_mutants.md holds the results.
 """
 
 import os
@@ -24,7 +24,14 @@ SUITES = ("test_cuda_source.py", "test_cuda_ptx.py")
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` occurs once in the kernel; `equivalent` says why no test can notice, if so."""
+    """One fault: replaces `old`, which occurs once in the kernel, by `new`.
+
+    Attributes:
+        name: what the fault is.
+        old: the text to replace.
+        new: the text to put there.
+        equivalent: why no test can notice the fault; empty if one can.
+    """
 
     name: str
     old: str
@@ -113,7 +120,7 @@ MUTANTS = (
     Mutant("nibbles of neighbours swapped",
            "lane % 2 == 1 ? (other >> 4)", "lane % 2 == 0 ? (other >> 4)"),
     Mutant("rows past the end are computed",
-           "  if (row >= rows) return;  // whole warps, and of a team all or none\n", ""),
+           "  if (row >= rows) return;  // never a part of a warp or of a team\n", ""),
     Mutant("backward takes the even slot's nibble", ">> (slot % 2 * 4)", ">> 0"),
     # what only the PTX has
     Mutant("assembly: candidates at the floor", "setp.gt.u32 p, %1, %2; @p st.shared",
@@ -128,7 +135,7 @@ MUTANTS = (
 
 
 def _first_failure(output: str) -> str:
-    """The failing test without its parameters, and what the emulation said if it stopped."""
+    """Return the failing test without its parameters, and the emulation's message if it stopped."""
     stopped = re.search(r"cuda_emulation: ([^(\n]+)", output)
     failed = re.search(r"(?:FAILED|ERROR) \S*::(\w+)", output)
     crashed = re.search(r"test_\w+\.py\", line \d+ in (test_\w+)", output)
@@ -140,7 +147,7 @@ def _first_failure(output: str) -> str:
 
 
 def _killer(mutated: Path) -> str | None:
-    """Which test fails on the mutated sources, None if all pass."""
+    """Return the first test that fails on the mutated sources, or None if all pass."""
     suites = SUITES if "TOPK_PTXEMU_DIR" in os.environ else SUITES[:1]
     for suite in suites:
         # fmt: off
@@ -169,7 +176,7 @@ def _mutate(mutant: Mutant, folder: Path) -> Path:
 
 
 def main(names: list[str]) -> int:
-    """Print the table; returns the number of survivors."""
+    """Print the table and return the number of survivors."""
     chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
     survivors = 0
     print("| mutant | killed by |\n|---|---|")

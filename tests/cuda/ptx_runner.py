@@ -27,7 +27,7 @@ class PtxTools:
 
 @dataclass(frozen=True)
 class Counters:
-    """What the emulator counted in one launch."""
+    """The emulator's counters for one launch."""
 
     kernel: str
     warp_instructions: int
@@ -42,13 +42,13 @@ class Counters:
     warnings: int
 
     def per_element(self, x_RH: Tensor) -> float:
-        """Issue slots: a warp instruction costs 32, whatever lanes it is for."""
+        """Return issue slots per element: a warp instruction costs 32, whatever its lanes."""
         return self.warp_instructions * WARP_LANES / x_RH.numel()
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A case for the driver."""
+    """A forward case for the driver."""
 
     x_RH: Tensor
     k: int
@@ -57,7 +57,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """A case for the driver."""
+    """A backward case for the driver."""
 
     dy_RH: Tensor
     bits: Tensor
@@ -105,7 +105,11 @@ def _outcome(index: int, case: Forward | Backward, folder: Path, line: str) -> O
 def run_cases(
     driver: Path, ptx: Path, cases: list[Forward | Backward], folder: Path
 ) -> list[Outcome]:
-    """Run all cases in one process; raises with the emulator's words if it stopped."""
+    """Run all cases in one process.
+
+    Raises:
+        RuntimeError: the emulator stopped or warned; the message has its output.
+    """
     lines = "".join(_case_line(i, case, folder) for i, case in enumerate(cases))
     command = [str(driver), str(ptx), str(SHARED_LIMIT)]
     result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)

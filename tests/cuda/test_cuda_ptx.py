@@ -1,9 +1,9 @@
-"""What nvcc makes of the kernels, without a GPU: results and counters of the PTX, and the SASS.
+"""nvcc's output for the kernels, without a GPU: the PTX's results and counters, and the SASS.
 
 Counters are the terms of the roofline, not a time. An H100 issues 132 x 4 x 1.755e9 warp
-instructions and moves 3.35e12 bytes a second: in the time of 8 bytes (a float32 read and written)
-71 thread instructions, in that of 4 bytes 35. Below that, and with every sector moved once, memory
-is what limits the kernel.
+instructions and moves 3.35e12 bytes per second. It issues 71 thread instructions in the time to
+move 8 bytes (a float32 read and written), and 35 in the time to move 4. Below that, and with every
+sector moved once, memory limits the kernel.
 """
 
 import importlib.util
@@ -87,7 +87,7 @@ def test_ptx_of_backward_equals_the_reference(
 def counted(
     ptx_tools: PtxTools, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int, str], tuple[Forward, Counters]]:
-    """Counters by (dtype, H, kind) at k = 128, checked results included."""
+    """Count by (dtype, H, kind) at k = 128, and check the results."""
     keys, cases = [], []
     for dtype in INSTRUCTIONS_PER_ELEMENT:
         for hidden in COUNTED_HIDDEN:
@@ -160,7 +160,7 @@ def _compile_cubin(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
 def cubin(
     request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The machine code of one architecture, and what ptxas said about it."""
+    """Compile one architecture's machine code; also return ptxas's report about it."""
     return _compile_cubin(nvcc, request.param, tmp_path_factory.mktemp("cubin"))
 
 
@@ -171,7 +171,7 @@ def test_no_kernel_spills_registers(cubin: tuple[Path, str]) -> None:
 
 
 def find_cuobjdump() -> str | None:
-    """TOPK_CUOBJDUMP, the one on PATH, or the one that triton (a dependency of torch) ships."""
+    """Find TOPK_CUOBJDUMP, the one on PATH, or the one that torch's dependency triton ships."""
     found = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None and triton.origin is not None:

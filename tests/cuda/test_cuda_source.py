@@ -1,4 +1,4 @@
-"""The CUDA source, executed thread by thread on CPU, against the stable-sort reference: bitwise."""
+"""The CUDA source, executed thread by thread on CPU, equals the stable-sort reference bitwise."""
 
 import subprocess
 from pathlib import Path
@@ -44,7 +44,7 @@ VERY_LONG = (8192, 11008, 16383, 16384)
 
 
 def check(kernels: EmulatedKernels, x_RH: Tensor, k: int, mode: str, seed: int = 0) -> str:
-    """Compare y and bits with the reference; returns the variant that ran."""
+    """Compare y and bits with the reference; return the variant that ran."""
     y_RH, bits, variant = kernels.forward(x_RH, k, mode, seed=seed)
     expected_y_RH, expected_bits = topk_mask_reference(x_RH, k, mode)
     about = f"{variant}, k={k}, {mode}, {x_RH.dtype}, {tuple(x_RH.shape)}"
@@ -151,7 +151,7 @@ def _cases(draw: st.DrawFn) -> tuple[Tensor, int, str]:
     hidden = draw(st.one_of(st.integers(1, 300), st.integers(1, 3000)))
     dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
     width = 8 * dtype.itemsize
-    # A small alphabet of arbitrary bit patterns: ties of whatever value are likely.
+    # A small alphabet of arbitrary bit patterns makes ties of any value likely.
     alphabet = draw(st.lists(st.integers(-(2 ** (width - 1)), 2 ** (width - 1) - 1), min_size=1))
     seed = draw(st.integers(0, 2**31 - 1))
     index = torch.randint(

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Elsewhere every test here is reported as skipped, with the reason."""
+"""Checks that only a GPU can make. Elsewhere every test here is skipped, with the reason."""
 
 from pathlib import Path
 
@@ -22,17 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def start_with_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has touched CUDA cannot be forked."""
+    """Start ranks with torchrun, because a process that has touched CUDA cannot be forked."""
     monkeypatch.setenv("TOPK_TORCHRUN", "1")
 
 
 @pytest.fixture
 def kernels() -> None:
-    """Fail, and do not skip, where the extension was not built: a GPU machine should have it."""
+    """Fail, instead of skipping, without the extension: a GPU machine should have it."""
     assert MISSING["cuda"] is None, f"no CUDA kernel: {MISSING['cuda']}; run make setup"
 
 
 def need_gpus(count: int) -> None:
-    """Skip where there are fewer."""
+    """Skip where there are fewer GPUs."""
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs, and there are {torch.cuda.device_count()}")

@@ -1,4 +1,4 @@
-"""The CUDA kernel against the definition on a real device; emulators do the rest in tests/cuda."""
+"""The CUDA kernel equals the definition on a real device; tests/cuda emulates the rest."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Real steps on GPUs: Megatron's own layers, Transformer Engine's, fp8, and NCCL between two."""
+"""Training steps on GPUs: Megatron's layers, Transformer Engine's, fp8, and NCCL between two."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from topk_megatron.compat.accelerators import find_accelerators
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 WATCHED = Path(__file__).with_name("watched_pretrain.py")
-# fp8 wants dimensions that 16 divides; the tiny model's are.
+# fp8 requires dimensions divisible by 16, which the tiny model has.
 FEW = ["--train-iters", "5", "--bf16", "--attention-backend", "unfused"]
 SPARSE = ["--topk-sparse-p2p", "--topk-sparse-save", "--topk-verify", "2"]
 
@@ -33,7 +33,7 @@ def train(ranks: int, *flags: str, directory: Path, entry: Path | None = None) -
 
 
 def check_watched(run: Run) -> None:
-    """Every TopK output is bfloat16 and has at most k = 8 neurons that are not zero."""
+    """Check that every TopK output is bfloat16 and has at most k = 8 non-zero neurons."""
     seen = re.findall(r"WATCHED layer (\d) torch\.(\w+) at most (\d+)", run.output)
     assert {layer for layer, _, _ in seen} == {"0", "1", "2"}
     assert {dtype for _, dtype, _ in seen} == {"bfloat16"}

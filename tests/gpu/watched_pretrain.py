@@ -1,6 +1,6 @@
-"""Pretraining that prints, for each TopK output, its dtype and how many neurons survive.
+"""Pretrains and prints, for each TopK output, its dtype and how many neurons survive.
 
-An entry for `tests.harness.launch.pretrain`.
+This is an entry for `tests.harness.launch.pretrain`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from topk_megatron.compat import prepare_device
 
 @exit_on_user_error
 def main() -> None:
-    """Train and tell."""
+    """Train, and print each TopK output's dtype and survivors."""
     device = prepare_device()
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.train.main import run

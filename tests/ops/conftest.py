@@ -12,7 +12,7 @@ ISAS = ("portable", "avx2", "avx512")
 
 @pytest.fixture
 def kernels() -> None:
-    """Skip where the CPU library is not built: these tests are not about the reference."""
+    """Skip where the CPU library is not built, because these tests are not about the reference."""
     if MISSING["cpu"] is not None:
         pytest.skip(f"no CPU kernel: {MISSING['cpu']}")
 

@@ -1,4 +1,4 @@
-"""Wrong arguments raise TopKArgumentError with what came and what is allowed."""
+"""Wrong arguments raise TopKArgumentError, which names what came and what is allowed."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_wrong_input_is_named(
         (torch.zeros(2, 2, dtype=torch.int32, device="meta"), "one device"),
     ],
 )
-def test_bits_that_are_not_of_this_tensor_are_named(bits: torch.Tensor, message: str) -> None:
+def test_bits_of_another_tensor_are_named(bits: torch.Tensor, message: str) -> None:
     with pytest.raises(TopKArgumentError, match=message):
         pack_sparse(X, bits, 4)
 
@@ -70,7 +70,7 @@ def test_unpack_sparse_names_what_does_not_fit() -> None:
         unpack_sparse(values, indices, 3)
 
 
-def test_kernels_refuse_what_would_read_beyond_their_memory(kernels: None) -> None:
+def test_kernels_refuse_to_read_beyond_their_memory(kernels: None) -> None:
     ops = torch.ops.topk_megatron
     short = torch.zeros(2, 1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="bits must be int32"):

@@ -12,7 +12,7 @@ NO_COMPILER = {"CXX": "/nonexistent/c++", "TOPK_MEGATRON_BUILD_CUDA": "off"}
 
 
 def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Run the build into a folder of its own; returns the process and where libraries go."""
+    """Run the build into its own folder; return the process and the folder of the libraries."""
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
     done = subprocess.run(
@@ -26,7 +26,7 @@ def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
     return done, tmp_path / "lib" / "topk_megatron" / "ops"
 
 
-def test_auto_leaves_the_reason_beside_the_package(tmp_path: Path) -> None:
+def test_auto_leaves_the_reason_with_the_package(tmp_path: Path) -> None:
     done, where = build(tmp_path, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     assert "/nonexistent/c++ cannot be run" in (where / "_build_error_cpu.txt").read_text()
@@ -50,7 +50,7 @@ def test_an_unknown_switch_is_named(tmp_path: Path) -> None:
     assert "TOPK_MEGATRON_BUILD_CPU must be one of auto, force, off, got 'yes'" in done.stderr
 
 
-def test_a_toolkit_of_another_cuda_version_is_a_reason(tmp_path: Path) -> None:
+def test_a_toolkit_for_another_cuda_version_is_a_reason(tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.1'\n")
@@ -58,7 +58,7 @@ def test_a_toolkit_of_another_cuda_version_is_a_reason(tmp_path: Path) -> None:
     done, where = build(tmp_path, TOPK_MEGATRON_BUILD_CPU="off", CUDA_HOME=str(tmp_path / "cuda"))
     assert done.returncode == 0, done.stderr
     reason = (where / "_build_error_cuda.txt").read_text()
-    assert "is of CUDA 9" in reason or "cannot be run" in reason
+    assert "is for CUDA 9" in reason or "cannot be run" in reason
 
 
 @pytest.mark.slow

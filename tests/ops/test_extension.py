@@ -1,4 +1,4 @@
-"""Without a kernel the reference computes the same, and says once why it is used."""
+"""Without a kernel the reference computes the same, and a warning says once why."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_without_library(script: str, tmp_path: Path, build_error: str = "") -> str:
-    """Run Python on a copy of the package that has no compiled library; returns its stdout."""
+    """Run Python on a copy of the package without a compiled library; return its stdout."""
     copy = tmp_path / "topk_megatron" / "ops"
     copy.mkdir(parents=True)
     for source in (ROOT / "topk_megatron" / "ops").glob("*.py"):
@@ -48,7 +48,7 @@ WARN_SCRIPT = """
 """
 
 
-def test_a_missing_library_is_said_once(tmp_path: Path) -> None:
+def test_a_missing_library_is_reported_once(tmp_path: Path) -> None:
     out = run_without_library(WARN_SCRIPT, tmp_path)
     assert out.startswith("1 topk_mask runs on cpu through its reference")
     assert "it was not built" in out

@@ -1,4 +1,4 @@
-"""The oracle itself, against the contract written out over Python integers."""
+"""The oracle itself, checked against the contract written out over Python integers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from topk_megatron.ops.reference import (
 
 
 def contract_key(raw: int, dtype: torch.dtype, mode: str) -> int:
-    """The order of the contract: sign and magnitude, one zero, one NaN above everything."""
+    """Return the contract's key: sign and magnitude, one zero, one NaN above everything."""
     width = 8 * dtype.itemsize
     magnitude = raw & ((1 << (width - 1)) - 1)
     infinity = infinity_bits(dtype)

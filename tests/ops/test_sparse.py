@@ -1,4 +1,4 @@
-"""`pack_sparse` and `unpack_sparse`: k values and indices instead of a dense row, and back."""
+"""`pack_sparse` and `unpack_sparse` turn a dense row into k values and indices, and back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CPU kernels against the reference, bitwise, on every instruction set that this CPU has."""
+"""The CPU kernels equal the reference bitwise, on every instruction set that this CPU has."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_long_rows_match_the_reference(isa: str, dtype: torch.dtype, hidden_size
 
 @st.composite
 def hostile_rows(draw: st.DrawFn) -> tuple[Tensor, int, str]:
-    """Rows over a small alphabet of random bits: ties, NaN and zeros meet at the threshold."""
+    """Draw rows over a small alphabet of random bits: ties, NaN and zeros meet at the threshold."""
     dtype = draw(st.sampled_from(DTYPES))
     width = 8 * dtype.itemsize
     alphabet = draw(
@@ -72,7 +72,7 @@ def test_hostile_rows_match_the_reference(isa: str) -> None:
 def rows_unlike_each_other(
     seed: int, num_rows: int, hidden_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rows [R, H] in runs of random length, each run of another kind and scale."""
+    """Return rows [R, H] in runs of random length, each run of another kind and scale."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
     while sum(len(part) for part in parts) < num_rows:

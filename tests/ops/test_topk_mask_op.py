@@ -1,4 +1,4 @@
-"""`topk_mask` as a torch op: gradients, tracing, recompute, shapes, on what is built here."""
+"""`topk_mask` as a torch op: gradients, tracing, recompute, shapes, on whatever is built here."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_vmap_is_refused_by_name() -> None:
         torch.func.vmap(lambda v: topk_mask(v, 2))(torch.randn(3, 10))
 
 
-def test_non_contiguous_input_gives_the_rows_of_its_copy() -> None:
+def test_non_contiguous_input_is_masked_like_its_copy() -> None:
     base = torch.randn(6, 5, 64)
     views = (base.transpose(0, 1), base[:, ::2], base[..., ::3], base[:, :1].expand(6, 5, 64))
     for x in views:

@@ -1,4 +1,4 @@
-"""The operator: top-k plus mask over the last dimension. Imports nothing of the project."""
+"""The operator: top-k plus mask over the last dimension. It imports nothing else of the project."""
 
 from topk_megatron.ops.api import (
     pack_sparse,
@@ -6,8 +6,8 @@ from topk_megatron.ops.api import (
     topk_mask_with_bits,
     unpack_sparse,
 )
-from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.extension import TopKFallbackWarning
+from topk_megatron.ops.library import TopKArgumentError
 
 __all__ = [
     "TopKArgumentError",

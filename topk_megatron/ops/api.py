@@ -1,15 +1,14 @@
 """`topk_mask`: keep the k largest coordinates of every row, with the exact gradient.
 
 The gradient is dy on the selected set S and 0 elsewhere. S is saved as a packed bitmask (H / 8
-bytes a row) because ``y != 0`` would lose the gradient of a kept zero. A selected row has k values
-and k indices; `pack_sparse` and `unpack_sparse` go between that form and the dense one.
+bytes per row) because ``y != 0`` would lose the gradient of a kept zero. A selected row has k
+values and k indices; `pack_sparse` and `unpack_sparse` convert between that form and the dense one.
 """
 
 import torch
 from torch import Tensor
 
-from topk_megatron.ops.errors import TopKArgumentError
-from topk_megatron.ops.library import OPS
+from topk_megatron.ops.library import OPS, TopKArgumentError
 from topk_megatron.ops.reference import num_words
 
 MODES = ("value", "abs")
@@ -23,10 +22,10 @@ _bits_to_indices_op = OPS.bits_to_indices.default
 
 
 def topk_mask_with_bits(x: Tensor, k: int, *, mode: str = "value") -> tuple[Tensor, Tensor]:
-    """Like `topk_mask`, and also return S as packed int32 words [..., ceil(H / 32)].
+    """Do what `topk_mask` does, and also return S as packed int32 words [..., ceil(H / 32)].
 
-    Bit j of word w is set when coordinate 32 w + j is selected; with k >= H that is every
-    coordinate of the row. The bits carry no gradient.
+    Bit j of word w is set when coordinate 32 w + j is selected. With k >= H every coordinate of
+    the row is selected. The bits carry no gradient.
     """
     _check_arguments(x, k, mode)
     return _topk_mask_op(x, max(1, min(k, x.shape[-1])), mode)
@@ -37,15 +36,15 @@ def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
 
     Args:
         x: [..., H] in float32, bfloat16, float16 or float64 (float64 on CPU only).
-        k: coordinates kept in every row; k >= H is the identity and returns x itself.
+        k: number of coordinates kept in every row; k >= H is the identity and returns x itself.
         mode: ``value`` compares x (the paper's choice), ``abs`` compares \\|x\\|.
 
     Returns:
         y: [..., H] in x's dtype; exactly min(k, H) coordinates are selected in every row.
 
     Raises:
-        TopKArgumentError: k < 1, a dtype that is not listed, no last dimension, an H over
-            `MAX_HIDDEN_SIZE`, or another mode.
+        TopKArgumentError: k is less than 1, H exceeds `MAX_HIDDEN_SIZE`, x is a scalar, or dtype
+            or mode is not one of those listed.
     """
     _check_arguments(x, k, mode)
     if k >= x.shape[-1]:
@@ -56,19 +55,21 @@ def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
 def pack_sparse(y: Tensor, bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Gather the selected coordinates of every row, in ascending index order.
 
+    The gradient of y is dvalues on S and 0 elsewhere.
+
     Args:
-        y: [..., H] floating, the dense tensor (its gradient is dvalues on S, 0 elsewhere).
+        y: [..., H] floating, the dense tensor.
         bits: int32 [..., ceil(H / 32)] with exactly k bits set in every row.
         k: number of selected coordinates, 1 <= k <= H.
 
     Returns:
         values: [..., k] in y's dtype.
-        indices: [..., k] in the smallest type that holds H: uint8 up to 256, int16 up to 32,768,
-            int32 above. (torch's uint16 would serve up to 65,536, but few ops and no collective
-            take it.)
+        indices: [..., k] in the smallest type that holds all indices: uint8 for H up to 256, int16
+            up to 32,768, int32 above. (torch's uint16 would serve up to 65,536, but few ops and no
+            collective accept it.)
 
     Raises:
-        TopKArgumentError: shapes, dtypes or devices that do not fit together.
+        TopKArgumentError: shapes, dtypes or devices do not fit together.
     """
     if y.dim() == 0 or not 1 <= k <= y.shape[-1]:
         raise TopKArgumentError(
@@ -82,13 +83,13 @@ def pack_sparse(y: Tensor, bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack_sparse(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
-    """Inverse of `pack_sparse`: values and indices [..., k] to the dense [..., hidden_size].
+    """Invert `pack_sparse`: turn values and indices [..., k] into the dense [..., hidden_size].
 
     Coordinates that no index names are +0. The gradient of values is dy at the indices.
 
     Raises:
-        TopKArgumentError: values and indices of different shapes or devices, indices
-            that are not integers, or a hidden_size below k.
+        TopKArgumentError: values and indices differ in shape or device, indices are not integers,
+            or hidden_size is less than k.
     """
     if values.shape != indices.shape or values.dim() == 0:
         raise TopKArgumentError(

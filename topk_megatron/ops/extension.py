@@ -1,8 +1,8 @@
-"""Finds the compiled kernels and says, once, why the slow reference is used where they are missing.
+"""Loads the compiled kernels, and says once why the slow reference replaces a missing one.
 
-The kernels are two plain shared libraries beside this file, `_topk_mask_cpu` and
-`_topk_mask_cuda`, that register themselves with torch's dispatcher when they are loaded. When
-`setup.py` could not build one, it left the compiler's message in `_build_error_<name>.txt`.
+The kernels are two plain shared libraries next to this file, `_topk_mask_cpu` and
+`_topk_mask_cuda`, which register themselves with torch's dispatcher when loaded. If `setup.py`
+could not build one, it left the compiler's message in `_build_error_<name>.txt`.
 """
 
 import warnings
@@ -15,11 +15,11 @@ DIRECTORY = Path(__file__).parent
 
 
 class TopKFallbackWarning(UserWarning):
-    """The reference, exact but slow, computes a top-k because no kernel can."""
+    """No kernel can compute a top-k, so the reference does, which is exact but slow."""
 
 
 def load_library(name: str, directory: Path = DIRECTORY) -> str | None:
-    """Load `_topk_mask_<name>`; return None, or in words why it cannot be had."""
+    """Load `_topk_mask_<name>`; return None, or the reason in words if that is impossible."""
     paths = sorted(directory.glob(f"_topk_mask_{name}*.so"))
     if not paths:
         error = directory / f"_build_error_{name}.txt"
@@ -41,9 +41,9 @@ MISSING: dict[str, str | None] = {
 
 @cache
 def warn_fallback(device_type: str) -> None:
-    """Warn that the reference is used on this device, and why; once in a process."""
+    """Warn that this device uses the reference, and why; once per process."""
     reason = MISSING.get(device_type, "there is no kernel for this device")
-    reason = reason or "the kernel does not take these arguments"
+    reason = reason or "the kernel does not accept these arguments"
     warnings.warn(
         f"topk_mask runs on {device_type} through its reference, which gives the same results"
         f" but is 10 to 100 times slower than the kernel: {reason}",

@@ -1,17 +1,17 @@
 """The custom ops behind `topk_mask`: schemas, fake kernels, autograd and the reference fallback.
 
 The compiled libraries register kernels for the CPU and CUDA dispatch keys of these ops. The
-reference is registered for all devices at once (CompositeExplicitAutograd), which the dispatcher
-prefers only where no kernel is: a missing extension needs no branch anywhere else.
+reference is registered for all devices at once (CompositeExplicitAutograd). The dispatcher uses it
+only where there is no kernel, so a missing extension needs no branch anywhere else.
 
     topk_mask(x, k, mode) -> (y, bits)        1 <= k <= H
     topk_mask_backward(dy, bits) -> dx        dy on S, +0 elsewhere
-    bits_to_indices(bits, H, k) -> indices    ascending, k a row
+    bits_to_indices(bits, H, k) -> indices    ascending, k per row
     gather_row(x, indices) -> values          values[.., j] = x[.., indices[.., j]]
     scatter_row(values, indices, H) -> x      the inverse, +0 elsewhere
 
-The last two are torch's gather and scatter on the integers behind the floats: on the floats
-themselves torch rewrites the payload of a signalling NaN, and then a packed row is not the row.
+The last two are torch's gather and scatter on the integers behind the floats. On the floats
+themselves torch rewrites the payload of a signalling NaN, so a packed row would not be restored.
 """
 
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.ops.errors import TopKArgumentError
 from topk_megatron.ops.extension import warn_fallback
 from topk_megatron.ops.reference import (
     bits_to_indices_reference,
@@ -30,6 +29,11 @@ from topk_megatron.ops.reference import (
 )
 
 NAMESPACE = "topk_megatron"
+
+
+class TopKArgumentError(ValueError):
+    """An argument of a top-k operator is outside its domain; the message says what is allowed."""
+
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("topk_mask(Tensor x, int k, str mode) -> (Tensor, Tensor)")
@@ -103,7 +107,7 @@ def _scatter_row_fake(values: Tensor, indices: Tensor, hidden_size: int) -> Tens
     return values.new_empty((*values.shape[:-1], hidden_size))
 
 
-# ---- gradients: dy on S, and of that again dy on S -----------------------------------------------
+# ---- gradients: dy on S, and the same again for the second derivative ----------------------------
 
 
 def _save_bits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -163,11 +167,11 @@ torch.library.register_autograd(
 def _refuse_vmap(*_: Any) -> Any:
     raise TopKArgumentError(
         "torch.func.vmap over topk_mask is not supported; call topk_mask on the whole tensor"
-        " [..., H], which selects in every row by itself"
+        " [..., H], which selects in every row separately"
     )
 
 
 for _name in ("topk_mask", "topk_mask_backward", "bits_to_indices", "gather_row", "scatter_row"):
     torch.library.register_vmap(f"{NAMESPACE}::{_name}", _refuse_vmap)
 
-OPS = torch.ops.topk_megatron  # what callers import, so that the definitions above are there
+OPS = torch.ops.topk_megatron  # callers import this, which makes sure that the ops are defined

@@ -1,9 +1,9 @@
-"""The definition of top-k-plus-mask, by a stable sort: the oracle of every test.
+"""The definition of top-k plus mask, by a stable sort: the oracle of every test.
 
 ``y[i] = x[i] if i in S else +0`` where S holds the k coordinates of the last dimension with the
-largest key (``x`` in mode ``value``, ``|x|`` in mode ``abs``); ties go to the lowest index, +0 and
+largest keys (``x`` in mode ``value``, ``|x|`` in mode ``abs``). Ties go to the lowest index, +0 and
 -0 are equal keys, and NaN is larger than everything. ``torch.topk`` breaks ties differently on each
-device and is therefore never used here.
+device, so it is never used here.
 """
 
 import torch
@@ -13,19 +13,19 @@ WORD_BITS = 32
 
 
 def num_words(hidden_size: int) -> int:
-    """Words of the bitmask of a row of `hidden_size` coordinates."""
+    """Return the number of words in the bitmask of a row of `hidden_size` coordinates."""
     return (hidden_size + WORD_BITS - 1) // WORD_BITS
 
 
 def index_dtype(hidden_size: int) -> torch.dtype:
-    """The smallest integer type that holds 0 .. hidden_size - 1 and that collectives can carry."""
+    """Return the smallest integer type that holds every index and that collectives can carry."""
     if hidden_size <= 1 << 8:
         return torch.uint8
     return torch.int16 if hidden_size <= 1 << 15 else torch.int32
 
 
 def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Select the k largest of each row.
+    """Select the k largest coordinates of each row.
 
     Args:
         x: [..., H], any real floating dtype.
@@ -34,7 +34,7 @@ def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
 
     Returns:
         y: [..., H], x where selected (bitwise) and +0 elsewhere.
-        bits: int32 [..., ceil(H / 32)]; bit j of word w: coordinate 32 w + j is selected.
+        bits: int32 [..., ceil(H / 32)]; bit j of word w is set if coordinate 32 w + j is selected.
     """
     key = x.abs() if mode == "abs" else x
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
@@ -53,19 +53,19 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, hidden_size: int) -> Tensor:
-    """Inverse of `pack_bits`: int32 words [..., ceil(H / 32)] to a boolean mask [..., H]."""
+    """Invert `pack_bits`: turn int32 words [..., ceil(H / 32)] into a boolean mask [..., H]."""
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)
     mask = (bits.unsqueeze(-1) >> shifts) & 1
     return mask.reshape(*bits.shape[:-1], bits.shape[-1] * WORD_BITS)[..., :hidden_size].bool()
 
 
 def bits_to_indices_reference(bits: Tensor, hidden_size: int, k: int) -> Tensor:
-    """Positions of the set bits in ascending order, [..., k]; every row must have k of them.
+    """Return the positions of the set bits in ascending order, [..., k]; every row must have k.
 
-    Without data-dependent shapes, so that it neither synchronises a device nor breaks a graph.
+    No shape depends on the data, so this neither synchronises a device nor breaks a graph.
     """
     mask = unpack_bits(bits, hidden_size)
-    place = torch.where(mask, mask.cumsum(dim=-1) - 1, k)  # unselected ones go to a spare column
+    place = torch.where(mask, mask.cumsum(dim=-1) - 1, k)  # the unselected go to a spare column
     positions = torch.arange(hidden_size, dtype=index_dtype(hidden_size), device=bits.device)
     out = positions.new_empty((*bits.shape[:-1], k + 1))
     return out.scatter_(-1, place, positions.expand(mask.shape))[..., :k].contiguous()

@@ -1,5 +1,5 @@
-// Runs the emulated kernels over buffers of exactly the right size; built with sanitizers, it stops
-// at the first access outside of them, misaligned access, or undefined operation.
+// Runs the emulated kernels on buffers of exactly the right size. Built with sanitizers, it stops
+// at the first access outside them, misaligned access or undefined operation.
 #include <stdlib.h>
 
 #include <memory>
@@ -15,7 +15,7 @@ struct Buffer {
   uint8_t* data;
 };
 
-// Few distinct values in two thirds of the rows, any bits in the others.
+// Fills with few distinct values for two thirds of the seeds, with arbitrary bits for the others.
 void fill(uint8_t* x, size_t elements, int bytes, unsigned seed) {
   srand(seed);
   for (size_t i = 0; i < elements; ++i) {

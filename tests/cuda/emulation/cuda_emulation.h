@@ -1,13 +1,12 @@
-// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, block after block.
+// Executes a CUDA kernel's source on a CPU: every CUDA thread is a fiber, and blocks run in order.
 //
 // A fiber runs until it reaches a barrier or a warp operation, so everything between two of them is
-// atomic. Which fiber goes next is drawn at random: first a warp, which is then driven, lane by
-// lane in a fresh random order, as far as it gets or for a random number of rounds. A missing
-// barrier or __syncwarp shows as a wrong result under some seed. Misuse stops the process with a
-// message: lanes that meet in different operations, a lane outside its own mask, a barrier that not
-// all reach.
+// atomic. The next fiber is drawn at random: first a warp, which then runs, lane by lane in a new
+// random order, as far as it can or for a random number of rounds. A missing barrier or __syncwarp
+// shows as a wrong result under some seed. Misuse stops the process with a message: lanes that meet
+// in different operations, a lane outside its own mask, a barrier that not all threads reach.
 //
-// Emulated: grid and block of one dimension, dynamic shared memory, and the operations below. Not
+// Emulated: one-dimensional grids and blocks, dynamic shared memory, and the operations below. Not
 // emulated: memory ordering, inline assembly (the kernel has portable twins), time.
 #pragma once
 
@@ -29,7 +28,7 @@
 #define __launch_bounds__(...)
 
 #if defined(__SANITIZE_ADDRESS__)
-#define CUDA_EMULATION_UCONTEXT 1  // the sanitizer follows swapcontext, and not longjmp to a fiber
+#define CUDA_EMULATION_UCONTEXT 1  // the sanitizer follows swapcontext but not longjmp to a fiber
 #endif
 
 struct alignas(16) uint4 {
@@ -100,8 +99,8 @@ class Fiber {
 #endif
 };
 
-// What the lanes of a warp brought to the operation that they meet in. Results stay readable until
-// the next operation but one, hence two buffers.
+// The values that a warp's lanes bring to the operation in which they meet. Results stay readable
+// until the next operation but one, hence two buffers.
 struct Warp {
   Operation operation = Operation::kNone;
   int line = 0;
@@ -124,7 +123,7 @@ class Block {
     block_size.x = threads;
     body_ = [=] { kernel(args...); };
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
-    // Exactly the bytes asked for, so that a sanitizer sees an access behind them.
+    // Exactly the bytes requested, so that a sanitizer sees an access behind them.
     for (block_index.x = 0; block_index.x < blocks; ++block_index.x) {
       shared_.reset(new uint32_t[shared_bytes / sizeof(uint32_t)]);
       litter(shared_bytes / sizeof(uint32_t));
@@ -144,7 +143,7 @@ class Block {
     running_->yield();
   }
 
-  // Returns what every lane brought, once all lanes of the mask are here.
+  // Returns every lane's value, once all lanes of the mask have arrived.
   const uint64_t* meet(uint32_t mask, Operation operation, uint64_t value, int line) {
     Warp& warp = warps_[running_->thread.x / kWarpLanes];
     if ((mask >> lane() & 1) == 0) fail("a lane is not in its own mask");
@@ -170,7 +169,8 @@ class Block {
     block.running_->yield();
   }
 
-  // Shared memory starts with what earlier blocks left: anything, or counters that look right.
+  // Shared memory starts with arbitrary words, as if left by earlier blocks, or with small ones
+  // that could pass for counters.
   void litter(size_t words) {
     const uint32_t below = draw(2) ? 64 : 0xffffffffu;
     for (size_t i = 0; i < words; ++i) shared_[i] = draw(below);
@@ -199,7 +199,7 @@ class Block {
     }
   }
 
-  // Runs one warp for some rounds; false if it could not move.
+  // Runs one warp for some rounds; returns false if it could not move.
   bool drive(unsigned warp) {
     bool moved = false;
     for (unsigned rounds = draw(2) ? 1 + draw(4) : ~0u; rounds > 0; --rounds) {
@@ -283,7 +283,7 @@ inline uint32_t shuffle(uint32_t mask, uint32_t value, int from, int line) {
 #define blockIdx (cuda_emulation::Block::current().block_index)
 #define blockDim (cuda_emulation::Block::current().block_size)
 
-// Every operation takes the line it is called from, to tell apart those that must not meet.
+// Every operation takes its caller's line, to tell apart operations that must not meet.
 #define CUDA_EMULATION_LINE int line = __builtin_LINE()
 
 inline void __syncthreads(CUDA_EMULATION_LINE) { cuda_emulation::Block::current().barrier(line); }

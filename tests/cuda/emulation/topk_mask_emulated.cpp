@@ -1,4 +1,4 @@
-// The CUDA kernels as a shared library that runs them on the CPU, for tests through ctypes.
+// The CUDA kernels as a shared library that runs them on the CPU, for tests that use ctypes.
 #include "cuda_emulation.h"
 
 #include "topk_mask.cuh"
@@ -13,8 +13,8 @@ const ForwardKernel kForwardKernels[] = {TOPK_FORWARD_KERNELS(TOPK_KERNEL_POINTE
 
 }  // namespace
 
-// The launcher's twin. shared_limit: what the emulated device has; seed: of the schedule.
-// Returns the variant that ran.
+// The launcher's twin. shared_limit: the emulated device's shared memory per block, in bytes.
+// seed: determines the schedule. Returns the variant that ran.
 extern "C" int emulated_forward(const void* x, void* y, uint32_t* bits, int64_t rows, int hidden,
                                 int k, int dtype, int mode, int64_t shared_limit, uint64_t seed) {
   const bool aligned = topk_mask::rows_aligned(x, y, hidden, topk_mask::element_bytes(dtype));

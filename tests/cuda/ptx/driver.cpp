@@ -2,11 +2,11 @@
 //
 //   driver <ptx file> <shared limit> < cases
 //
-// A case is a line "direction dtype mode rows hidden k input output": direction is forward or
-// backward, input a file with x (backward: dy, then the bits), output gets y and the bits
-// (backward: dx). One JSON object with the counters is printed per case. The emulator ends the
-// process at an access out of bounds or a deadlock, and counts lesser offences (shared races) as
-// warnings.
+// A case is a line "direction dtype mode rows hidden k input output". The direction is forward or
+// backward, the input file holds x (backward: dy, then the bits), and the output file receives y
+// and the bits (backward: dx). The driver prints one JSON object with the counters per case. The
+// emulator ends the process at an access out of bounds or a deadlock, and counts lesser faults
+// (shared races) as warnings.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,7 +24,7 @@ struct Case {
   long rows;
 };
 
-// 256-byte aligned, as memory from the CUDA allocator is; the emulator knows its exact size.
+// Aligned to 256 bytes, like memory from the CUDA allocator; the emulator knows its exact size.
 class Buffer {
  public:
   Buffer(size_t bytes, bool writable) : bytes_(bytes) {

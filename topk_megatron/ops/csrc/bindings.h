@@ -1,8 +1,8 @@
-// What the CPU and the CUDA binding share: shapes, dtypes and the checks that keep a kernel from
-// reading memory that is not its own. Argument checks with advice for the user are in ops/*.py.
+// Shared by the CPU and the CUDA bindings: shapes, dtypes and the checks that keep a kernel from
+// reading memory that is not its own. Argument checks with advice for the user are in ops/api.py.
 //
-// Only torch's stable ABI is used, so that one build serves every torch from TORCH_TARGET_VERSION
-// (set in setup.py) on.
+// Only torch's stable ABI is used, so that one build serves torch TORCH_TARGET_VERSION (set in
+// setup.py) and later.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

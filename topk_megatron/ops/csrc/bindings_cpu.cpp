@@ -12,7 +12,7 @@ namespace {
 
 using namespace topk_megatron;
 
-constexpr int64_t kElementsPerTask = 32768;  // at least this many for a thread
+constexpr int64_t kElementsPerTask = 32768;  // a thread gets at least this many
 
 std::atomic<int> chosen_isa{-1};
 
@@ -115,7 +115,7 @@ Tensor bits_to_indices_cpu(const Tensor& bits, int64_t hidden, int64_t k) {
   return indices;
 }
 
-// Into tensors of the caller's: what the benchmark times, without the page faults of new memory.
+// Write into the caller's tensors: benchmarks time these, free of the page faults of new memory.
 void forward_out(const Tensor& x, int64_t k, std::string mode, Tensor y, Tensor bits) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && bits.is_contiguous() &&
                       y.numel() == x.numel() && y.scalar_type() == x.scalar_type(),
@@ -147,7 +147,7 @@ void stream_copy(const Tensor& src, Tensor dst) {
   });
 }
 
-// For tests: run on a worse instruction set than the CPU has; -1 is the best. Returns what is set.
+// For tests: use a worse instruction set than the CPU's best (-1). Returns the one now in use.
 int64_t set_isa(int64_t isa) {
   const auto best = static_cast<int64_t>(topk_megatron::cpu_best_isa());
   STD_TORCH_CHECK(isa >= -1 && isa <= best, "set_isa: this CPU and build have 0 to ", best,
@@ -164,7 +164,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_megatron, CPU, m) {
   m.impl("bits_to_indices", TORCH_BOX(&bits_to_indices_cpu));
 }
 
-// Not part of the interface: for benchmarks and tests of this repository.
+// Not part of the interface: only for this repository's benchmarks and tests.
 STABLE_TORCH_LIBRARY(topk_megatron_internal, m) {
   m.def("forward_out(Tensor x, int k, str mode, Tensor(a!) y, Tensor(b!) bits) -> ()");
   m.def("backward_out(Tensor dy, Tensor bits, Tensor(a!) dx) -> ()");

@@ -1,4 +1,4 @@
-// The portable path, the choice of instruction set, and what needs no SIMD.
+// The portable unit, the choice of instruction set, and the code that needs no SIMD.
 
 #include "topk_mask_cpu_internal.h"
 
@@ -81,36 +81,28 @@ struct Ops {
   }
 };
 
+struct Traits {
+  static constexpr bool kFloat64 = true;
+  static constexpr int kStreamBytes = 0;
+  static void fence() {}
+};
+
 }  // namespace portable
 }  // namespace topk_megatron
 
 #define TOPK_ISA portable
-#include "topk_mask_cpu_row.h"
+#include "topk_mask_cpu_entry.h"
 #undef TOPK_ISA
 
 namespace topk_megatron {
 
 void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat32: return portable::forward_format<Float32>(args, begin, end);
-    case Dtype::kBFloat16: return portable::forward_format<BFloat16>(args, begin, end);
-    case Dtype::kFloat16: return portable::forward_format<Float16>(args, begin, end);
-    case Dtype::kFloat64: return portable::forward_format<Float64>(args, begin, end);
-  }
-}
-
-void portable_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat32: return portable::backward_format<Float32>(args, begin, end);
-    case Dtype::kBFloat16: return portable::backward_format<BFloat16>(args, begin, end);
-    case Dtype::kFloat16: return portable::backward_format<Float16>(args, begin, end);
-    case Dtype::kFloat64: return portable::backward_format<Float64>(args, begin, end);
-  }
+  portable::kUnit.forward(args, begin, end);
 }
 
 void* scratch(size_t num_bytes) {
-  // Aligned to a page: few candidates make many overlapping stores at about one place, and a store
-  // across two pages takes several times as long.
+  // Aligned to a page: with few candidates many overlapping stores go to nearly the same address,
+  // and a store across two pages takes several times as long.
   constexpr size_t kPage = 4096;
   struct Buffer {
     void* data = nullptr;
@@ -131,7 +123,7 @@ void* scratch(size_t num_bytes) {
 
 #if TOPK_MASK_X86
 
-// A float compare that flushes denormals would call them all equal; the contract does not.
+// A float compare that flushes denormals finds them all equal; the contract does not.
 struct KeepDenormals {
   unsigned saved = _mm_getcsr();
   KeepDenormals() { _mm_setcsr(saved & ~0x8040u); }
@@ -150,44 +142,34 @@ Isa cpu_best_isa() {
   return best;
 }
 
-void cpu_forward(const ForwardArgs& args, Isa isa, int64_t begin, int64_t end) {
-  const KeepDenormals guard;
-  if (args.dtype == Dtype::kFloat64) isa = Isa::kPortable;
-  if (isa == Isa::kAvx512) return avx512_rows(args, begin, end);
-  if (isa == Isa::kAvx2) return avx2_rows(args, begin, end);
-  portable_rows(args, begin, end);
-}
-
-void cpu_backward(const BackwardArgs& args, Isa isa, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat64) isa = Isa::kPortable;
-  if (isa == Isa::kAvx512) return avx512_backward(args, begin, end);
-  if (isa == Isa::kAvx2) return avx2_backward(args, begin, end);
-  portable_backward(args, begin, end);
-}
-
-void cpu_stream_copy(const void* src, void* dst, int64_t num_bytes, Isa isa) {
-  if (isa == Isa::kAvx512) return avx512_stream_copy(src, dst, num_bytes);
-  if (isa == Isa::kAvx2) return avx2_stream_copy(src, dst, num_bytes);
-  std::memcpy(dst, src, static_cast<size_t>(num_bytes));
+static const Unit& unit(Isa isa) {
+  return isa == Isa::kAvx512 ? kAvx512 : isa == Isa::kAvx2 ? kAvx2 : portable::kUnit;
 }
 
 #else
 
+struct KeepDenormals {
+  KeepDenormals() {}  // without a constructor the compiler would warn of an unused variable
+};
+
 Isa cpu_best_isa() { return Isa::kPortable; }
 
-void cpu_forward(const ForwardArgs& args, Isa, int64_t begin, int64_t end) {
-  portable_rows(args, begin, end);
-}
-
-void cpu_backward(const BackwardArgs& args, Isa, int64_t begin, int64_t end) {
-  portable_backward(args, begin, end);
-}
-
-void cpu_stream_copy(const void* src, void* dst, int64_t num_bytes, Isa) {
-  std::memcpy(dst, src, static_cast<size_t>(num_bytes));
-}
+static const Unit& unit(Isa) { return portable::kUnit; }
 
 #endif
+
+void cpu_forward(const ForwardArgs& args, Isa isa, int64_t begin, int64_t end) {
+  const KeepDenormals guard;
+  unit(args.dtype == Dtype::kFloat64 ? Isa::kPortable : isa).forward(args, begin, end);
+}
+
+void cpu_backward(const BackwardArgs& args, Isa isa, int64_t begin, int64_t end) {
+  unit(args.dtype == Dtype::kFloat64 ? Isa::kPortable : isa).backward(args, begin, end);
+}
+
+void cpu_stream_copy(const void* src, void* dst, int64_t num_bytes, Isa isa) {
+  unit(isa).stream_copy(src, dst, num_bytes);
+}
 
 template <typename Index>
 static int64_t bits_to_indices(const uint32_t* bits, Index* indices, int64_t hidden, int64_t k,

@@ -1,8 +1,8 @@
 // Top-k plus mask on CPU: the kernel's interface, free of torch.
 //
-// For every row of x [rows, hidden] select the k coordinates with the largest key (key = x or |x|),
-// write y = x on them (bitwise) and +0 elsewhere, and the selection as a bitmask of
-// ceil(hidden / 32) words a row, lowest bit first. Ties go to the lowest index, +0 equals -0 and a
+// For every row of x [rows, hidden] select the k coordinates with the largest keys (x or |x|),
+// write y = x on them (bitwise) and +0 elsewhere, and write the selection as a bitmask of
+// ceil(hidden / 32) words per row, lowest bit first. Ties go to the lowest index, +0 equals -0 and
 // NaN is larger than everything. The contract and its reference are in ops/reference.py.
 #pragma once
 
@@ -16,7 +16,7 @@ enum class Mode : int { kValue = 0, kAbs = 1 };
 // Instruction sets, worst first. float64 always runs on kPortable.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The best instruction set that this build and this CPU share.
+// The best instruction set that both this build and this CPU have.
 Isa cpu_best_isa();
 
 struct ForwardArgs {
@@ -27,8 +27,8 @@ struct ForwardArgs {
   int64_t k;  // 1 <= k <= hidden
   Dtype dtype;
   Mode mode;
-  // Write y around the caches: right when y is larger than the last private cache level, wrong
-  // inside it. Ignored where y's rows are not aligned to 64 bytes.
+  // Write y around the caches: faster if y is larger than the last private cache level, slower if
+  // it fits. Ignored where y's rows are not aligned to 64 bytes.
   bool stream;
 };
 
@@ -41,15 +41,15 @@ struct BackwardArgs {
   bool stream;
 };
 
-// Both work on rows [begin, end), so that the caller decides how rows are spread over threads.
+// Both work on rows [begin, end), so that the caller decides how to spread rows over threads.
 void cpu_forward(const ForwardArgs& args, Isa isa, int64_t begin, int64_t end);
 void cpu_backward(const BackwardArgs& args, Isa isa, int64_t begin, int64_t end);
 
-// dst = src, 64-byte non-temporal stores where dst is aligned: the yardstick of the benchmarks.
+// dst = src, by non-temporal stores where dst is aligned: the yardstick of the benchmarks.
 void cpu_stream_copy(const void* src, void* dst, int64_t num_bytes, Isa isa);
 
-// Write the positions of each row's set bits in ascending order, k a row. Returns the first row in
-// [begin, end) that has not exactly k bits set, or -1.
+// Write the positions of each row's set bits in ascending order, k per row. Return the first row in
+// [begin, end) that does not have exactly k bits set, or -1.
 int64_t cpu_bits_to_indices(const uint32_t* bits, void* indices, int64_t hidden, int64_t k,
                             int index_bytes, int64_t begin, int64_t end);
 

@@ -1,4 +1,4 @@
-// AVX2: every x86-64 server of the last ten years. Compress is a shuffle by a table of 256 masks.
+// AVX2: every x86-64 server of the last ten years. Compress is a shuffle by a table for 256 masks.
 
 #include "topk_mask_cpu_internal.h"
 
@@ -16,7 +16,7 @@
 namespace topk_megatron {
 namespace avx2 {
 
-// For each 8-bit mask: the positions of its set bits in ascending order, one a byte.
+// For each 8-bit mask: the positions of its set bits in ascending order, one per byte.
 struct CompressTable {
   alignas(64) uint64_t lanes[256] = {};  // lane numbers, for 8 x 32 bit
   alignas(64) uint8_t bytes[256][16] = {};  // byte numbers, for 8 x 16 bit
@@ -39,7 +39,7 @@ static constexpr CompressTable kCompress;
 template <typename F, bool Abs, int kBytes = sizeof(typename F::Raw)>
 struct Ops;
 
-// float32: "key >= t" is "not (x <= value of t - 1)", which a NaN of either sign passes.
+// float32: "key >= t" is "not (x <= the value with key t - 1)", which a NaN of either sign passes.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 4> {
   using Raw = uint32_t;
@@ -55,7 +55,7 @@ struct Ops<F, Abs, 4> {
   static Threshold threshold(Key t) {
     const Key below = t - 1;
     const uint32_t raw = below < 0 ? static_cast<uint32_t>(-below) | 0x80000000u : below;
-    // Below the smallest key is a NaN's pattern; everything passes the compare with a NaN.
+    // The pattern below the smallest key is a NaN's, and everything passes the compare with a NaN.
     return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(raw)));
   }
 
@@ -146,9 +146,9 @@ struct Ops<F, Abs, 4> {
   }
 };
 
-// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, save
-// for negative NaN above a positive t, which NanWatch looks for. AVX2 compares signed integers
-// only, so both sides carry an offset of 2^15.
+// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, except
+// for negative NaN above a positive t, which NanWatch detects. AVX2 compares only signed integers,
+// so both sides carry an offset of 2^15.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 2> {
   using Raw = uint16_t;
@@ -165,7 +165,7 @@ struct Ops<F, Abs, 2> {
 
   struct NanWatch {
     __m256i most;
-    NanWatch() : most(_mm256_setzero_si256()) {}  // an implicit constructor would miss the target
+    NanWatch() : most(_mm256_setzero_si256()) {}  // an implicit one would lack the target
     void see(const Raw* p) {
       if (!Abs) most = _mm256_max_epu16(most, _mm256_max_epu16(load(p), load(p + 16)));
     }
@@ -272,42 +272,26 @@ struct Ops<F, Abs, 2> {
   }
 };
 
+struct Traits {
+  static constexpr bool kFloat64 = false;
+  static constexpr int kStreamBytes = 32;
+  static void stream(const char* from, char* to) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
 }  // namespace avx2
 }  // namespace topk_megatron
 
 #define TOPK_ISA avx2
-#include "topk_mask_cpu_row.h"
+#include "topk_mask_cpu_entry.h"
 #undef TOPK_ISA
 
 namespace topk_megatron {
 
-void avx2_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) avx2::forward_format<Float32>(args, begin, end);
-  if (args.dtype == Dtype::kBFloat16) avx2::forward_format<BFloat16>(args, begin, end);
-  if (args.dtype == Dtype::kFloat16) avx2::forward_format<Float16>(args, begin, end);
-  _mm_sfence();  // streamed stores are ordered before what the next thread reads
-}
-
-void avx2_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) {
-    avx2::backward_format<Float32>(args, begin, end);
-  } else {
-    avx2::backward_format<BFloat16>(args, begin, end);
-  }
-  _mm_sfence();
-}
-
-void avx2_stream_copy(const void* src, void* dst, int64_t num_bytes) {
-  const char* from = static_cast<const char*>(src);
-  char* to = static_cast<char*>(dst);
-  int64_t at = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
-    for (; at + 32 <= num_bytes; at += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
-  std::memcpy(to + at, from + at, static_cast<size_t>(num_bytes - at));
-  _mm_sfence();
-}
+constexpr Unit kAvx2 = avx2::kUnit;
 
 }  // namespace topk_megatron
 

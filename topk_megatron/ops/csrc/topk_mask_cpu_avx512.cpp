@@ -19,7 +19,7 @@ namespace avx512 {
 template <typename F, bool Abs, int kBytes = sizeof(typename F::Raw)>
 struct Ops;
 
-// float32: "key >= t" is "not (x <= value of t - 1)", which a NaN of either sign passes.
+// float32: "key >= t" is "not (x <= the value with key t - 1)", which a NaN of either sign passes.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 4> {
   using Raw = uint32_t;
@@ -35,7 +35,7 @@ struct Ops<F, Abs, 4> {
   static Threshold threshold(Key t) {
     const Key below = t - 1;
     const uint32_t raw = below < 0 ? static_cast<uint32_t>(-below) | 0x80000000u : below;
-    // Below the smallest key is a NaN's pattern; everything passes the compare with a NaN.
+    // The pattern below the smallest key is a NaN's, and everything passes the compare with a NaN.
     return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(raw)));
   }
 
@@ -125,8 +125,8 @@ struct Ops<F, Abs, 4> {
   }
 };
 
-// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, save
-// for negative NaN above a positive t, which NanWatch looks for.
+// 16-bit formats: the patterns with key >= t are one range of unsigned integers modulo 2^16, except
+// for negative NaN above a positive t, which NanWatch detects.
 template <typename F, bool Abs>
 struct Ops<F, Abs, 2> {
   using Raw = uint16_t;
@@ -139,7 +139,7 @@ struct Ops<F, Abs, 2> {
 
   struct NanWatch {
     __m512i most;
-    NanWatch() : most(_mm512_setzero_si512()) {}  // an implicit constructor would miss the target
+    NanWatch() : most(_mm512_setzero_si512()) {}  // an implicit one would lack the target
     void see(const Raw* p) { see(_mm512_loadu_si512(p)); }
     void see(__m512i x) {
       if (!Abs) most = _mm512_max_epu16(most, x);
@@ -183,8 +183,8 @@ struct Ops<F, Abs, 2> {
     return put(x, compare(x, t), out);
   }
 
-  // Above zero one subtraction serves both ends, and it is the vector ports that this pass is
-  // limited by.
+  // Above zero one subtraction serves both ends. That matters because the vector ports limit this
+  // pass.
   struct Window {
     Threshold low, high;
     __m512i width;
@@ -248,41 +248,25 @@ struct Ops<F, Abs, 2> {
   }
 };
 
+struct Traits {
+  static constexpr bool kFloat64 = false;
+  static constexpr int kStreamBytes = 64;
+  static void stream(const char* from, char* to) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
 }  // namespace avx512
 }  // namespace topk_megatron
 
 #define TOPK_ISA avx512
-#include "topk_mask_cpu_row.h"
+#include "topk_mask_cpu_entry.h"
 #undef TOPK_ISA
 
 namespace topk_megatron {
 
-void avx512_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) avx512::forward_format<Float32>(args, begin, end);
-  if (args.dtype == Dtype::kBFloat16) avx512::forward_format<BFloat16>(args, begin, end);
-  if (args.dtype == Dtype::kFloat16) avx512::forward_format<Float16>(args, begin, end);
-  _mm_sfence();  // streamed stores are ordered before what the next thread reads
-}
-
-void avx512_backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::kFloat32) {
-    avx512::backward_format<Float32>(args, begin, end);
-  } else {
-    avx512::backward_format<BFloat16>(args, begin, end);
-  }
-  _mm_sfence();
-}
-
-void avx512_stream_copy(const void* src, void* dst, int64_t num_bytes) {
-  const char* from = static_cast<const char*>(src);
-  char* to = static_cast<char*>(dst);
-  int64_t at = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
-    for (; at + 64 <= num_bytes; at += 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
-  std::memcpy(to + at, from + at, static_cast<size_t>(num_bytes - at));
-  _mm_sfence();
-}
+constexpr Unit kAvx512 = avx512::kUnit;
 
 }  // namespace topk_megatron
 

@@ -1,5 +1,5 @@
-// What the translation units of the CPU kernel share. Standard headers are included here, before a
-// unit switches its instruction set on, so that no inline function of theirs is compiled with
+// Shared by the translation units of the CPU kernel. Standard headers are included here, before a
+// unit enables its instruction set, so that none of their inline functions is compiled with
 // instructions that the CPU may lack.
 #pragma once
 
@@ -23,19 +23,22 @@
 
 namespace topk_megatron {
 
-// A buffer of this thread, at least num_bytes, aligned to a page, kept for the next call.
+// This thread's buffer: at least num_bytes, aligned to a page, and kept for the next call.
 void* scratch(size_t num_bytes);
 
-void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void portable_backward(const BackwardArgs& args, int64_t begin, int64_t end);
+// The entry points that one translation unit compiles for its instruction set; they are defined in
+// topk_mask_cpu_entry.h.
+struct Unit {
+  void (*forward)(const ForwardArgs& args, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs& args, int64_t begin, int64_t end);
+  void (*stream_copy)(const void* src, void* dst, int64_t num_bytes);
+};
 
 #if TOPK_MASK_X86
-void avx2_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void avx2_backward(const BackwardArgs& args, int64_t begin, int64_t end);
-void avx2_stream_copy(const void* src, void* dst, int64_t num_bytes);
-void avx512_rows(const ForwardArgs& args, int64_t begin, int64_t end);
-void avx512_backward(const BackwardArgs& args, int64_t begin, int64_t end);
-void avx512_stream_copy(const void* src, void* dst, int64_t num_bytes);
+extern const Unit kAvx2, kAvx512;
 #endif
+
+// Forward by integer keys: for rows that another unit leaves to the portable path.
+void portable_rows(const ForwardArgs& args, int64_t begin, int64_t end);
 
 }  // namespace topk_megatron

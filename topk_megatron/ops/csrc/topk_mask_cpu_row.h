@@ -1,41 +1,41 @@
-// The algorithm, once, for every instruction set.
+// The algorithm, written once for every instruction set.
 //
-// A row is read from memory once and found in L1/L2 for the rest:
-//   1. forecast  the k-th keys of the rows before give a window where this row's should be.
-//   2. collect   one pass compresses what lies in the window into a buffer, and counts.
-//   3. close in  if the counts say that the k-th largest key, t, is in there: 4-ary search for it.
-//   4. emit      one pass writes y and the bitmask. While ties at t remain to be taken it compares
-//                twice (>= t and > t); before and after, once.
-// The first row, and rows that the rows before say nothing about, go another way to step 4:
+// A row is read from memory once and stays in L1/L2 for the later passes:
+//   1. forecast  the k-th keys of preceding rows give a window where this row's k-th key should be.
+//   2. collect   one pass compresses the coordinates in the window into a buffer, and counts.
+//   3. close in  if the counts put the k-th largest key, t, in the window, 4-ary search finds it.
+//   4. emit      one pass writes y and the bitmask. It compares twice (>= t and > t) while ties at
+//                t remain to be taken, and once otherwise.
+// The first row, and rows that the forecast misses, replace steps 1 to 3:
 //   1. sample    64-byte pieces spread over the row give a key t0 that about k + 2.5 sigma of the
-//                coordinates reach. t0 occurs in the row, so that mass ties are met exactly.
+//                coordinates reach. t0 occurs in the row, so mass ties are hit exactly.
 //   2. collect   one pass compresses the coordinates with key >= t0.
 //   3. narrow    counting probes over the buffer, log-linear at first, shrink a bracket around t
 //                until its members can be ranked against each other.
-// The buffer holds a whole row, so that it cannot overflow. Whatever forecast and sample say, counts
-// decide, so the result is exact; if fewer than k coordinates reach t0, the whole row is collected.
+// The buffer holds a whole row, so it cannot overflow. Counts decide, whatever forecast and sample
+// say, so the result is exact. If fewer than k coordinates reach t0, the whole row is collected.
 //
 // Include this with TOPK_ISA set to a namespace name, after that namespace has defined
 //   template <typename F, bool Abs> struct Ops {
-//     struct Threshold;                              // "key >= t" in the form the compare wants
+//     struct Threshold;                              // t in the form that the compare needs
 //     struct NanWatch;                               // sees collected blocks; tripped(): see below
 //     static Threshold threshold(Key t);             // min_key <= t <= kNanKey
 //     static uint32_t ge(const Raw* p, Threshold);   // bit i: key(p[i]) >= t, for 32 elements
-//     static int count(const Raw* p, Threshold);     // of bits set in ge
+//     static int count(const Raw* p, Threshold);     // the number of bits set in ge
 //     static Raw* compress(const Raw* p, uint32_t mask, Raw* out);
-//         // writes at most 32 elements from out, so that out may be p or lie before it
+//         // writes at most 32 elements from out on, so out may be p or any place before it
 //     static Raw* collect(const Raw* p, Threshold, Raw* out, NanWatch&);  // ge + compress
-//     struct Window { Threshold low, high; };        // and what else a compare with both wants
+//     struct Window { Threshold low, high; };        // plus what a compare with both needs
 //     static Window window(Key low, Key high);       // low < high
 //     static Raw* collect_between(const Raw* p, const Window&, Raw* out, int64_t& num_from,
-//                                 NanWatch&);        // num_from counts what reaches low
+//                                 NanWatch&);        // num_from counts the elements that reach low
 //     template <bool Stream> static uint32_t ge_store(const Raw* x, Raw* y, Threshold);
 //     template <bool Stream> static void mask_store(const Raw* x, Raw* y, uint32_t mask);
-//     static Key max_key_hint(const Raw* p, int64_t num_blocks);   // about the largest key
+//     static Key max_key_hint(const Raw* p, int64_t num_blocks);   // approximately the largest key
 //     static constexpr bool kNanTies;                // threshold(kNanKey + 1) selects nothing
 //   };
 // A row where NanWatch trips, or whose k-th key is NaN where kNanTies is false, is left to the
-// portable path: such rows are rare, and compares that need no care for them are faster.
+// portable unit: such rows are rare, and compares that ignore them are faster.
 
 #include "topk_mask_cpu_search.h"
 
@@ -49,8 +49,8 @@ struct Row {
   using V = Ops<F, Abs>;
   using Find = Search<F, Abs>;
 
-  // Compress the row's elements with key >= t into `out`; returns how many. Memory is idle until
-  // this row is written, so the next one is fetched meanwhile.
+  // Compress the row's elements with key >= t into `out`; return their number. Memory is idle until
+  // this row is written, so prefetch the next one meanwhile.
   template <bool Stream>
   static int64_t collect(const Raw* x, const Plan& plan, Key t, Raw* out,
                          typename V::NanWatch& watch) {
@@ -72,7 +72,7 @@ struct Row {
     return end - out;
   }
 
-  // The same for low <= key < high only; num_low and num_high count the rest.
+  // The same, only for low <= key < high; also count the keys >= low and >= high.
   template <bool Stream>
   static int64_t collect_between(const Raw* x, const Plan& plan, Bracket<Key>& at, Raw* out,
                                  typename V::NanWatch& watch) {
@@ -103,8 +103,9 @@ struct Row {
     std::memcpy(last, x + plan.num_blocks * kBlock, plan.tail * sizeof(Raw));
   }
 
-  // Write everything above t and the first `num_ties` with key == t; all of them, if take_all.
-  // The bitmask is stored four words at a time: its stores between those to y stall y's lines.
+  // Write everything above t and the first `num_ties` elements with key == t, or all of them if
+  // take_all. The bitmask is stored four words at a time, because its stores between those to y
+  // stall y's lines.
   template <bool Stream>
   static void emit(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan, Key t,
                    int64_t num_ties, bool take_all) {
@@ -131,7 +132,7 @@ struct Row {
     if (plan.tail != 0) emit_tail(x, y, bits, plan, t, num_ties, threshold, open);
   }
 
-  // The part of emit before the last tie to be taken; returns the block after it.
+  // The part of emit up to the last tie to be taken; return the block after it.
   template <bool Stream>
   static int64_t emit_ties(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan,
                            typename V::Threshold threshold, typename V::Threshold above,
@@ -198,7 +199,8 @@ struct Row {
     for (int i = 0; i < kBlock; i += 64 / sizeof(Raw)) __builtin_prefetch(block + i, Write);
   }
 
-  // Bracket the k-th key by a sample of this row, and narrow.
+  // Bracket the k-th key by a sample of this row, and narrow. Return false if the row needs the
+  // portable unit.
   template <bool Stream>
   static bool find_by_sample(const Raw* x, const Plan& plan, Raw* found, Bracket<Key>& at,
                              Forecast<F, Abs>& forecast) {
@@ -219,7 +221,7 @@ struct Row {
     return true;
   }
 
-  // Returns false if the k-th key is not where the forecast has it, or if so much is there too that
+  // Return false if the k-th key is not in the forecast's window, or if so many others are too that
   // the sample is the better start.
   template <bool Stream>
   static bool find_by_forecast(const Raw* x, const Plan& plan, Raw* found, Bracket<Key>& at,
@@ -234,7 +236,7 @@ struct Row {
     return true;
   }
 
-  // Returns false, having written nothing, if the row needs the portable path.
+  // Return false, having written nothing, if the row needs the portable unit.
   template <bool Stream>
   static bool run(const Raw* x, Raw* y, uint32_t* bits, const Plan& plan, Raw* found,
                   Forecast<F, Abs>& forecast) {
@@ -258,8 +260,7 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const Raw* x = static_cast<const Raw*>(args.x) + r * args.hidden;
     Raw* y = static_cast<Raw*>(args.y) + r * args.hidden;
-    if (!Row<F, Abs>::template run<Stream>(x, y, args.bits + r * plan.words, plan, found,
-                                                forecast))
+    if (!Row<F, Abs>::template run<Stream>(x, y, args.bits + r * plan.words, plan, found, forecast))
       portable_rows(args, r, r + 1);
   }
 }
@@ -280,29 +281,6 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
       dx[at] = (bits[plan.num_blocks] >> i) & 1 ? dy[at] : Raw{0};
     }
   }
-}
-
-inline bool streamable(const void* out, int64_t row_bytes) {
-  return (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(row_bytes)) % 64 == 0;
-}
-
-template <typename F>
-void forward_format(const ForwardArgs& args, int64_t begin, int64_t end) {
-  const bool stream = args.stream && streamable(args.y, args.hidden * sizeof(typename F::Raw));
-  const bool abs = args.mode == Mode::kAbs;
-  if (stream) {
-    abs ? forward_rows<F, true, true>(args, begin, end)
-        : forward_rows<F, false, true>(args, begin, end);
-  } else {
-    abs ? forward_rows<F, true, false>(args, begin, end)
-        : forward_rows<F, false, false>(args, begin, end);
-  }
-}
-
-template <typename F>
-void backward_format(const BackwardArgs& args, int64_t begin, int64_t end) {
-  const bool stream = args.stream && streamable(args.dx, args.hidden * sizeof(typename F::Raw));
-  stream ? backward_rows<F, true>(args, begin, end) : backward_rows<F, false>(args, begin, end);
 }
 
 }  // namespace TOPK_ISA

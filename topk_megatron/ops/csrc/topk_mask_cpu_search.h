@@ -1,10 +1,10 @@
-// How the k-th largest key of a row is found: a forecast or a sample, a bracket around the key, the
-// key. See topk_mask_cpu_row.h, which includes this once for each instruction set.
+// Finds the k-th largest key of a row: first a forecast or a sample, then a bracket around the key,
+// then the key. topk_mask_cpu_row.h describes the steps and includes this once per instruction set.
 
 namespace topk_megatron {
 namespace TOPK_ISA {
 
-// What depends on (hidden, k) only, computed once for all rows.
+// Everything that depends only on (hidden, k), computed once for all rows.
 struct Plan {
   int64_t hidden, k;
   int64_t words;       // of the bitmask
@@ -16,7 +16,7 @@ struct Plan {
 };
 
 constexpr int kMaxSample = 256;
-constexpr double kSampleSigmas = 2.5;  // fewer: more second passes; more: larger buffers to search
+constexpr double kSampleSigmas = 2.5;  // less: more second passes; more: larger buffers to search
 
 inline float log2_about(float value) {  // piecewise linear, error below 0.09
   uint32_t raw;
@@ -55,21 +55,21 @@ struct Bracket {
   Key high;         // num_high < k coordinates have key >= high
   int64_t num_high;
 
-  // Unsigned, because keys of both signs lie further apart than Key can say.
+  // Unsigned, because two keys of different signs can be further apart than Key can hold.
   uint64_t gap() const { return static_cast<uint64_t>(high) - static_cast<uint64_t>(low); }
   Key between(uint64_t distance) const {
     return static_cast<Key>(static_cast<uint64_t>(low) + distance);
   }
 };
 
-// Where the next row's k-th key is likely to be: rows of one layer are alike. It decides how fast a
-// row is, never its result: find_by_forecast counts before it believes.
+// Where the next row's k-th key is likely to be, because rows of one layer are alike. It affects
+// only the speed, never the result: find_by_forecast verifies it by counts.
 template <typename F, bool Abs>
 struct Forecast {
   using Key = typename F::Key;
   double mean = 0, deviation = -1;  // of the k-th keys; exponentially weighted
-  int misses = 0;                   // by which misses have lately outnumbered hits
-  int rest = 0;                     // rows for which not to forecast, because of them
+  int misses = 0;                   // by how many misses have lately outnumbered hits
+  int rest = 0;                     // rows not to forecast, because of them
 
   bool ready() const { return deviation >= 0 && rest == 0; }
 
@@ -92,9 +92,9 @@ struct Forecast {
     misses -= misses > 0;
   }
 
-  // t was found without the forecast. After a miss follow at once, in case the rows are of another
-  // kind from here on, and forecast again after 0, 1, 3, 7, ... 63 rows: where rows are unlike each
-  // other, forecasts shall cost little.
+  // t was found without the forecast. After a miss, move the mean to t at once, in case the kind of
+  // rows has changed, and forecast again after 0, 1, 3, 7, ... 63 rows, so that forecasts cost
+  // little where rows are unlike each other.
   void miss(Key t, double first_deviation) {
     const double error = std::abs(static_cast<double>(t) - mean);
     mean = static_cast<double>(t);
@@ -130,7 +130,7 @@ struct Search {
     return total;
   }
 
-  // The smallest key >= t among n elements; kNanKey if there is none.
+  // The smallest key >= t among n elements, or kNanKey if there is none.
   static Key smallest_from(const Raw* p, int64_t n, Key t) {
     Key best = F::kNanKey;
     for (int64_t i = 0; i < n; ++i) {
@@ -140,8 +140,8 @@ struct Search {
     return best;
   }
 
-  // Move a bracket over the sample until `low` is reached by at least `rank` of it and not by many
-  // more: 4-ary search on 16-bit keys.
+  // Shrink a bracket until at least `rank` elements of the sample reach `low`, and not many more:
+  // 4-ary search on 16-bit keys.
   template <typename S>
   static void search(const uint16_t* sample, int num_blocks, int rank, int slack,
                      Bracket<int>& at) {
@@ -164,20 +164,21 @@ struct Search {
     }
   }
 
-  // {the key to collect from, about the k-th key} as 16-bit keys.
+  // {the key to collect from, approximately the k-th key} as 16-bit keys.
   template <typename S>
   static std::pair<int, int> search_sample(const uint16_t* sample, int num_blocks,
                                            const Plan& plan) {
     Bracket<int> at{S::template min_key<Abs>(), num_blocks * kBlock, S::kNanKey + 1, 0};
     search<S>(sample, num_blocks, plan.sample_rank, plan.sample_slack, at);
     const int collect = at.low;
-    if (at.num_high >= plan.sample_middle)  // the upper end lies below the middle: start from it
+    if (at.num_high >= plan.sample_middle)  // the upper end is below the middle: start from there
       at = {at.high, at.num_high, S::kNanKey + 1, 0};
     search<S>(sample, num_blocks, plan.sample_middle, plan.sample_slack / 2, at);
     return {collect, at.low};
   }
 
-  // A float32's upper half is a bfloat16 truncated toward zero: the smallest key with this one's.
+  // The smallest key of a float32 whose upper half has this key. The upper half is a bfloat16,
+  // truncated toward zero.
   static Key widen(int upper) { return upper > 0 ? upper * 65536 : upper * 65536 - 65535; }
 
   static Guess sample_guess(const Raw* x, const Plan& plan) {
@@ -202,8 +203,8 @@ struct Search {
     }
   }
 
-  // Where the line through (low, log num_low) and (high, log num_high) crosses log(goal); up to a
-  // few widths beyond `high`. Only a guess: the caller clamps it to its bracket.
+  // Where the line through (low, log num_low) and (high, log num_high) crosses log(goal), at most a
+  // few widths beyond `high`. It is only a guess: the caller clamps it to its bracket.
   static Key on_line(const Bracket<Key>& line, float goal) {
     if (line.high <= line.low) return line.low;  // the hint missed: everything above low is NaN
     const float top = log2_about(static_cast<float>(line.num_low));
@@ -214,7 +215,7 @@ struct Search {
   }
 
   // Shrink the bracket until the selection is known: num_low == k, or low is the k-th key. num_gone
-  // coordinates lie above the bracket and are not among those found.
+  // coordinates are above the bracket and not among those found.
   static void narrow(Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found,
                      Key probe, int64_t num_gone = 0) {
     if (at.num_low == k || at.gap() == 1) return;
@@ -261,8 +262,8 @@ struct Search {
     }
   }
 
-  // The same for a short buffer, in steps of 4-ary search without a branch on what was counted: on
-  // random keys every such branch is a misprediction.
+  // The same for a short buffer, in steps of 4-ary search that do not branch on counts: on random
+  // keys every such branch is mispredicted.
   static void close_in(Raw* found, Bracket<Key>& at, int64_t k, int64_t num_found) {
     const int64_t num_blocks = blocks_of(num_found), num_gone = at.num_high;
     for (int step = 0; step < kCloseSteps; ++step) {
@@ -287,7 +288,7 @@ struct Search {
 
   static int64_t blocks_of(int64_t num) { return (num + kBlock - 1) / kBlock; }
 
-  // Keep only low <= key < high, in place: a block's result never reaches past the block itself.
+  // Keep only low <= key < high, in place: a block's result never extends past the block itself.
   static int64_t compact(Raw* found, int64_t num_found, Key low, Key high) {
     const auto from = V::threshold(low);
     Raw* end = found;
@@ -306,7 +307,7 @@ struct Search {
     return end - found;
   }
 
-  // The bracket's members, at most one block of them, are all of `found`: rank them.
+  // `found` holds exactly the bracket's members, at most one block of them: rank them.
   static void rank_window(const Raw* window, Bracket<Key>& at, int64_t k) {
     using Lane = typename F::Lane;
     const int num = static_cast<int>(at.num_low - at.num_high);

@@ -1,4 +1,4 @@
-// Launcher: picks the kernel for the shape and starts it on the caller's stream.
+// The launcher: picks the kernel for the shape and launches it on the caller's stream.
 #include "topk_mask_cuda.h"
 
 #include "topk_mask.cuh"

@@ -1,7 +1,8 @@
-// Entry points of the CUDA side of the operator: plain pointers, no torch headers.
+// The operator's entry points on CUDA, with plain pointers and without torch headers.
 //
-// Both launch on `stream` and return at once: no synchronisation, no allocation, safe to capture in
-// a CUDA graph. Every pointer is device memory; rows are contiguous, `hidden` elements each.
+// Both launch on `stream` and return at once, without synchronisation or allocation, so they can be
+// captured in a CUDA graph. Every pointer is device memory; rows are contiguous, `hidden` elements
+// each.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// The lowest layer of the kernel: instructions that the compiler does not find by itself, and the
+// The kernel's lowest layer: instructions that the compiler does not generate by itself, and the
 // order of values as unsigned keys. Legend: topk_mask.cuh.
 #pragma once
 
@@ -9,18 +9,18 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define TOPK_SHARED_WORDS(name) extern __shared__ __align__(16) uint32_t name[]
-#else  // the tests' emulation header was included before this one
+#else  // the tests include their emulation header before this one
 #define TOPK_SHARED_WORDS(name) uint32_t* name = cuda_emulation::shared_words()
 #endif
 
 namespace topk_mask {
 
-// ---- Instructions that the compiler does not find by itself -----------------------------------
+// ---- Instructions that the compiler does not generate by itself -------------------------------
 // Each has a portable twin with the same meaning, which the tests' g++ build executes.
 
 #define TOPK_INLINE __device__ __forceinline__
 
-// Every byte becomes 0xff or 0x00 after the top bit of the byte that the selector's nibble names.
+// Every byte becomes 0xff or 0x00 by the top bit of the byte that its nibble of the selector names.
 TOPK_INLINE uint32_t spread_signs(uint32_t word, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
   uint32_t out;
@@ -66,7 +66,7 @@ TOPK_INLINE void lower_to_if_at_least(uint32_t& smallest, uint32_t container, ui
 #endif
 }
 
-// word & mask, computed where it is written: the compiler must not keep the result for later.
+// word & mask, computed on the spot each time: the compiler must not keep the result for later.
 TOPK_INLINE uint32_t and_again(uint32_t word, uint32_t mask) {
 #if defined(__CUDA_ARCH__)
   uint32_t out;
@@ -90,7 +90,7 @@ TOPK_INLINE void keep_if_above(uint32_t& bits, uint32_t bit, uint32_t& kept, uin
 #endif
 }
 
-// Any bitwise function of three words, by its truth table: kA, kB, kC are those of the operands.
+// Any bitwise function of three words, by its truth table. kA, kB, kC are the operands' tables.
 constexpr int kA = 0xf0, kB = 0xcc, kC = 0xaa;
 template <int kTable>
 TOPK_INLINE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
@@ -106,7 +106,7 @@ TOPK_INLINE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// A lane's column in shared memory: entry i lies at word 32 i + lane.
+// A lane's column in shared memory: entry i is at word 32 i + lane.
 class Column {
  public:
   TOPK_INLINE explicit Column(uint32_t* first) : first_(first) {
@@ -139,7 +139,7 @@ class Column {
 #endif
   }
 
-  // Counts like append_if_above, but keeps only the first `capacity` entries.
+  // Counts as append_if_above does, but stores only the first `capacity` entries.
   TOPK_INLINE void append_if_room(uint32_t container, uint32_t bound, uint32_t capacity) {
     if (container <= bound) return;
     if (size() < capacity) first_[kLanes * size()] = container;
@@ -167,34 +167,34 @@ class Column {
 
 // How values compare. A key is the sign-magnitude value made monotonic, then rotated so that -inf
 // is 0 in mode value: negative NaNs wrap around to the top, next to the positive ones. Every bit
-// pattern keeps its own key; that all NaNs are equal, and -0 == +0, is said by classes: ranges of
-// keys that count as one value (class_first, class_last).
+// pattern keeps its own key. Classes make all NaNs equal and -0 == +0: ranges of keys that count as
+// one value (class_first, class_last).
 template <int kDtype, bool kAbs>
 struct Format {
   static constexpr bool kWide = kDtype == 0;
-  static constexpr bool kCheapKeys = kAbs;  // one instruction a word: not worth its register
+  static constexpr bool kCheapKeys = kAbs;  // one instruction per word: not worth a register
   static constexpr int kElements = kWide ? 4 : 8;      // of a slot
   static constexpr int kShift = kWide ? 0 : 16;        // from key to container
   static constexpr uint32_t kBelow = kWide ? 0 : 0xffffu;  // bits of a container under its key
   static constexpr uint32_t kTops = 0x80008000u;           // of the two halves of a word
   static constexpr uint32_t kSign = kWide ? 0x80000000u : 0x8000u;
   static constexpr uint32_t kInfinity = kWide ? 0x7f800000u : kDtype == 1 ? 0x7f80u : 0x7c00u;
-  static constexpr uint32_t kRotation = kAbs ? 0 : kSign - 1 - kInfinity;  // of -inf, unrotated
+  static constexpr uint32_t kRotation = kAbs ? 0 : kSign - 1 - kInfinity;  // -inf before rotation
   static constexpr uint32_t kFirstNan = (kAbs ? 0 : kSign) + kInfinity - kRotation + 1;
   static constexpr uint32_t kZero = (kAbs ? 0 : kSign) - kRotation;
   static constexpr uint32_t kMinusZero = kAbs ? kZero : kZero - 1;
-  // Fills up slots past the row's end: key 0, so that it loses every tie by its index.
+  // Fills slots past the row's end. Its key is 0, so it loses every tie by its index.
   static constexpr uint32_t kPadElement = kAbs ? 0 : kSign | kInfinity;
   static constexpr uint32_t kPad = kWide ? kPadElement : kPadElement * 0x10001u;
 
-  // A word of one or two elements to as many keys, in place.
+  // Turns a word of one or two elements into as many keys, each in its element's place.
   TOPK_INLINE static uint32_t keys(uint32_t word) {
     if (kAbs) return and_again(word, kWide ? 0x7fffffffu : 0x7fff7fffu);
     if (kWide) {
       const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
       return logic3<kA ^ (kB | kC)>(word, negative, kSign) - kRotation;
     }
-    // Both halves at once. A top bit lent to each half keeps its borrow from the other one.
+    // Both halves at once. A top bit lent to each half stops it from borrowing from the other one.
     const uint32_t negative = spread_signs(word, 0x3311u);
     const uint32_t lent = logic3<(kA ^ kB) | kC>(word, negative, kTops) - kRotation * 0x10001u;
     return logic3<kA ^ (kB & kC)>(lent, word, kTops);
@@ -212,7 +212,7 @@ struct Format {
   }
 };
 
-// f(element of the slot, container) for the elements of a slot's four key words.
+// Calls f(element of the slot, container) for every element of a slot's four key words.
 template <class Fmt, class F>
 TOPK_INLINE void for_each_container(const uint32_t (&keys)[4], F f) {
 #pragma unroll
@@ -235,7 +235,7 @@ TOPK_INLINE void to_keys(const uint32_t (&raw)[4], uint32_t (&keys)[4]) {
 // y = raw where the slot's bit is set.
 template <class Fmt>
 TOPK_INLINE void keep_selected(const uint32_t (&raw)[4], uint32_t bits, uint32_t (&kept)[4]) {
-  // The product puts bit i of a nibble on top of byte i.
+  // The product moves bit i of a nibble to the top of byte i.
   const uint32_t low = (bits & 0xfu) * 0x10204080u;
   if (Fmt::kWide) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Who works on a row and what of it they hold: the team of warps, and a warp's chunks.
+// Which warps work on a row (the team), and what each of them holds of it (its chunks).
 // Legend: topk_mask.cuh.
 #pragma once
 
@@ -19,15 +19,15 @@ TOPK_INLINE uint32_t inclusive_scan(uint32_t value, int lane) {
   return value;
 }
 
-// Selected: containers above `last`, and of those in [first, last] the lowest `ties` by index.
+// Selects the containers above `last`, and the `ties` in [first, last] with the lowest indices.
 struct Threshold {
   uint32_t first, last, ties;
 };
 
-// Words of a row in shared memory: sizes of its two lists, and the threshold.
+// A row's words in shared memory: the sizes of its two lists, and the threshold.
 enum Scalar { kFirstList, kSecondList, kThreshold };
 
-// The warps of one row and what they share. Every method is called by all of them together.
+// The warps of one row and what they share. All of them call every method together.
 template <bool kOneWarp>
 class Team {
  public:
@@ -59,12 +59,12 @@ class Team {
 
   TOPK_INLINE uint32_t& scalar(Scalar i) const { return control_[i]; }
 
-  // Sets the list sizes to zero; seen by all after the next barrier.
+  // Sets the list sizes to zero. All warps see that after the next barrier.
   TOPK_INLINE void clear_scalars() const {
     if (!kOneWarp && warp == 0 && lane == 0) control_[kFirstList] = control_[kSecondList] = 0;
   }
 
-  // What the first warp finds, given to all.
+  // Gives what the first warp finds to all.
   template <class Find>
   TOPK_INLINE Threshold by_first_warp(Find find) const {
     if (kOneWarp) return find();
@@ -83,8 +83,9 @@ class Team {
   const int warps, warp, lane;
 
  private:
-  // Lane i gets the value of warp i, or `neutral` past the last warp. Two buffers take turns, so
-  // that one barrier is enough: who writes one again has seen all leave the reads before last.
+  // Lane i gets the value of warp i, or `neutral` past the last warp. Two buffers alternate, so one
+  // barrier is enough: before a warp writes a buffer again, it passes the other buffer's barrier,
+  // which all warps reach after their reads of this one.
   TOPK_INLINE uint32_t exchange(uint32_t of_warp, uint32_t neutral) {
     uint32_t* buffer = control_ + 32 + turn_ * kLanes;
     turn_ ^= 1;
@@ -97,7 +98,7 @@ class Team {
   int turn_ = 0;
 };
 
-// ---- The row as a warp sees it ----------------------------------------------------------------
+// ---- A warp's part of the row -----------------------------------------------------------------
 
 struct Row {
   const uint8_t* x;
@@ -107,7 +108,7 @@ struct Row {
   bool aligned;  // rows start on 16 bytes
 };
 
-// Elements of a slot one by one, for rows that do not start on 16 bytes or end within a slot.
+// Load a slot's elements one by one, for rows that do not start on 16 bytes or end within a slot.
 template <class Fmt>
 TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
 #pragma unroll
@@ -141,8 +142,8 @@ TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
   raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
 }
 
-// The chunks of one warp. kHeld > 0: at most that many, in registers. kHeld == 0: any number, read
-// again by every pass over them (from L2, after the first one).
+// The chunks of one warp. kHeld > 0: at most that many, held in registers. kHeld == 0: any number,
+// which every pass reads again (after the first pass, from L2).
 template <class Fmt, int kHeld>
 class WarpChunks {
  public:
@@ -160,7 +161,7 @@ class WarpChunks {
     row_.x += first_slot * static_cast<size_t>(kSlotBytes);
     row_.y += first_slot * static_cast<size_t>(kSlotBytes);
     row_.hidden -= first_slot * Fmt::kElements;  // may wrap; then the limit is not positive
-    // Nibbles of two chunks make 32 bytes: even lanes write those of the first one.
+    // The nibbles of two chunks make 32 bytes: even lanes write those of the first chunk.
     const int byte = Fmt::kWide ? lane / 2 + lane % 2 * 16 : lane;
     row_.bits += first * kBitsBytes + byte;
     const uint32_t bits_bytes = (row.hidden + 31) / 32 * 4;
@@ -168,10 +169,10 @@ class WarpChunks {
     load_held();
   }
 
-  // Whether chunk v is this warp's; one that is not holds pads.
+  // Whether chunk v belongs to this warp. A chunk that does not holds pads.
   TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
 
-  // f(chunk, chunk modulo kUnroll as a constant, raw words and key words of this lane's slot)
+  // Calls f(chunk, chunk modulo kUnroll as a constant, raw and key words of this lane's slot).
   template <class F>
   TOPK_INLINE void for_each(F f) const {
     if (kHeld > 0) {
@@ -198,7 +199,7 @@ class WarpChunks {
     }
   }
 
-  // f(container) for all elements, pads included
+  // Calls f(container) for all elements, including pads.
   template <class F>
   TOPK_INLINE void for_each_container(F f) const {
     for_each([&](uint32_t, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
@@ -222,14 +223,14 @@ class WarpChunks {
     }
   }
 
-  // One byte a lane: the bits of chunk v or, of four elements a slot, of chunks v and v + 1.
+  // One byte per lane: the bits of chunk v or, with four elements per slot, of chunks v and v + 1.
   TOPK_INLINE void store_bits(uint32_t v, uint32_t byte) const {
     if (static_cast<int>(v * kBitsBytes) < bits_limit_)
       row_.bits[v * kBitsBytes] = static_cast<uint8_t>(byte);
   }
 
  private:
-  // How many of `own` items from `first` on lie before `end`.
+  // How many of `own` items, starting at `first`, are before `end`; may be negative.
   TOPK_INLINE static int limit(uint32_t end, uint32_t first, uint32_t own) {
     const int left = static_cast<int>(end) - static_cast<int>(first);
     return left < static_cast<int>(own) ? left : static_cast<int>(own);
@@ -261,7 +262,7 @@ class WarpChunks {
     }
   }
 
-  Row row_;  // its pointers moved to this lane's first slot, hidden counts from there
+  Row row_;  // with pointers at this lane's first slot, and `hidden` counted from there
   int lane_, limit_, bits_limit_;
   uint32_t count_;
   uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kKeysHeld ? kHeld : 1][4];

@@ -64,7 +64,7 @@ def test_equal_text_has_an_equal_fingerprint_however_it_is_stored(tmp_path: Path
         (lambda p: Path(f"{p}.bin").unlink(), "is missing"),
         (lambda p: write_corpus(p, []), "is empty"),
         (lambda p: write_corpus(p, [np.arange(3)], code=6), "integers"),
-        (lambda p: Path(f"{p}.manifest.json").write_text("{"), "is not JSON"),
+        (lambda p: Path(f"{p}.manifest.json").write_text("{"), "cannot be read as JSON"),
     ],
 )
 def test_damaged_and_empty_datasets_are_refused(damage, reason: str, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_run_of_one_layer_has_no_pairs_of_layers(runs: list[Run]) -> None:
     ("content", "reason"),
     [
         (None, "holds no trajectory.json"),
-        ("{", "is damaged"),
+        ("{", "cannot be read as JSON"),
         ('{"revisions": [{"name": "a"}]}', "is damaged"),
         ('{"revisions": [{"name": "a", "iteration": 1}]}', "tracking needs two"),
     ],

@@ -6,7 +6,6 @@ documents packed one after the other as in training. The last part turns tokens 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from topk_megatron.errors import DataError
+from topk_megatron.files import read_object
 from topk_megatron.text.sources import read_texts
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
@@ -171,10 +171,7 @@ def _made_with(prefix: str) -> str | None:
     manifest = Path(f"{prefix}.manifest.json")
     if not manifest.exists():
         return None
-    try:
-        return json.loads(manifest.read_text()).get("tokenizer_sha256")
-    except ValueError as error:
-        raise DataError(f"{manifest} is not JSON: {error}") from error
+    return read_object(manifest, DataError).get("tokenizer_sha256")
 
 
 def _open_text(path: str, tokenizer: Any) -> Corpus:

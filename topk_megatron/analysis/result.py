@@ -85,16 +85,10 @@ def claim(
         holds_if: the side of 0 on which the interval must be: ``below`` or ``above``.
         note: what a reader should know.
     """
-    holds: bool | None = None
-    if difference is not None and difference[1] is not None:
-        interval = difference[1]
-        if interval.high < 0:
-            holds = holds_if == "below"
-        elif interval.low > 0:
-            holds = holds_if == "above"
-    entry = None
+    entry, holds = None, None
     if difference is not None:
         entry = {k: v for k, v in row(*difference).items() if k != "n"}
+        holds = _holds(difference[1], holds_if)
     return {
         "id": identity,
         "command": command,
@@ -106,6 +100,15 @@ def claim(
         "holds": holds,
         "note": note,
     }
+
+
+def _holds(difference: Interval | None, holds_if: str) -> bool | None:
+    """Return whether the interval is on the right side of 0; None if it contains 0."""
+    if difference is None:
+        return None
+    if difference.high < 0:
+        return holds_if == "below"
+    return holds_if == "above" if difference.low > 0 else None
 
 
 def row(name: str, interval: Interval | None) -> dict[str, Any]:

@@ -181,15 +181,11 @@ class Run(Result):
                 self.check_neuron(neuron)
             wanted &= compute.field("neuron").isin(pa.array(neurons, pa.int32()))
         if positions is not None:
-            if len(positions):
-                self._check_positions(positions)
-            places = np.asarray(positions, np.int64)
+            places = self._places(positions)
             wanted &= compute.field("position").isin(pa.array(places))
             blocks = np.unique(places // self.manifest["block_tokens"]).tolist() or [0]
-        names = (f"activations/block-{block:06d}" for block in blocks)
-        return pa.concat_tables(
-            [read_table(self.tables.check(name), filters=wanted) for name in names]
-        )
+        paths = (self.tables.check(f"activations/block-{block:06d}") for block in blocks)
+        return pa.concat_tables([read_table(path, filters=wanted) for path in paths])
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer that was not recorded."""
@@ -207,14 +203,16 @@ class Run(Result):
                 f"{self.width - 1}"
             )
 
-    def _check_positions(self, positions: Sequence[int]) -> None:
-        last = self.manifest["corpus"]["tokens"] - 1
-        outside = [place for place in (min(positions), max(positions)) if not 0 <= place <= last]
-        if outside:
+    def _places(self, positions: Sequence[int]) -> np.ndarray:
+        """Return positions as int64; refuse those that the corpus does not have."""
+        places, last = np.asarray(positions, np.int64), self.manifest["corpus"]["tokens"] - 1
+        outside = places[(places < 0) | (places > last)]
+        if len(outside):
             raise AnalysisError(
                 f"position {outside[0]} is out of range; the run {self.name} has positions 0 to "
                 f"{last}"
             )
+        return places
 
 
 def check_run_name(name: str) -> None:

@@ -4,7 +4,6 @@ Memory holds a table of (neuron, token) pairs for as many neurons as fit into `_
 of one block at a time.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,9 +97,6 @@ def merge_run(directory: Path, plan: dict[str, Any], tokenizer: Any, corpus: Cor
         corpus.counts(vocab_size),
     ]
     write_table(directory / "vocabulary.parquet", pa.table(columns, schema=VOCABULARY))
-    if not plan["raw"]:
-        for name in ("activations", "tokens"):
-            shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def _histograms(

@@ -92,21 +92,11 @@ def sae(
     matches, summary = [], []
     shares: dict[str, np.ndarray] = {}
     for name, (one, other) in comparisons.items():
-        found = {
-            layer: match_layer(
-                config, one, other, layer, decoders.get(layer) if name == "sae_seeds" else None
-            )
-            for layer in one.layers
-            if layer in other.layers
-        }
+        found = _match_runs(config, one, other, decoders if name == "sae_seeds" else {})
         matches += [_table(name, one, other, layer, columns) for layer, columns in found.items()]
-        groups = {layer: [columns] for layer, columns in found.items()}
-        for layer, parts in {**groups, ALL_LAYERS: [*found.values()]}.items():
-            for measure, values in _measures(config, parts).items():
-                where = {"comparison": name, "layer": layer, "a": one.name, "b": other.name}
-                summary += _summary_rows(config, {**where, "measure": measure}, values)
-                if layer == ALL_LAYERS and measure == "matched_share":
-                    shares[name] = values
+        where = {"comparison": name, "a": one.name, "b": other.name}
+        summary += _summary(config, where, found)
+        shares[name] = _measures(config, [*found.values()])["matched_share"]
     parameters = {
         "comparisons": {n: [a.name, b.name] for n, (a, b) in comparisons.items()},
         "min_count": config.min_count,
@@ -120,6 +110,14 @@ def sae(
         "summary": pa.Table.from_pylist(summary, _SUMMARY),
     }
     return Result(tables=tables, claims=[_claim(config, shares)], parameters=parameters)
+
+
+def _match_runs(
+    config: MatchConfig, one: Run, other: Run, decoders: dict[int, tuple[Any, Any]]
+) -> dict[int, Columns]:
+    """Match the layers that both runs have."""
+    shared = [layer for layer in one.layers if layer in other.layers]
+    return {layer: match_layer(config, one, other, layer, decoders.get(layer)) for layer in shared}
 
 
 def _measures(config: MatchConfig, parts: list[Columns]) -> dict[str, np.ndarray]:
@@ -136,11 +134,18 @@ def _measures(config: MatchConfig, parts: list[Columns]) -> dict[str, np.ndarray
     }
 
 
-def _summary_rows(
-    config: MatchConfig, where: dict[str, Any], values: np.ndarray
+def _summary(
+    config: MatchConfig, where: dict[str, Any], found: dict[int, Columns]
 ) -> list[dict[str, Any]]:
-    interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
-    return [] if interval is None else [{**where, **interval_columns(interval)}]
+    rows = []
+    groups = {layer: [columns] for layer, columns in found.items()}
+    for layer, parts in {**groups, ALL_LAYERS: [*found.values()]}.items():
+        for measure, values in _measures(config, parts).items():
+            interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
+            if interval is not None:
+                named = {**where, "layer": layer, "measure": measure}
+                rows.append({**named, **interval_columns(interval)})
+    return rows
 
 
 def _table(name: str, one: Run, other: Run, layer: int, columns: Columns) -> pa.Table:

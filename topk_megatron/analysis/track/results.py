@@ -210,21 +210,23 @@ def _claims(
         ),
     ]
     if layers.num_rows:
-        own, other = (
-            layers[name].to_numpy(zero_copy_only=False).astype(float)
-            for name in ("similarity", "other_similarity")
-        )
-        claims.append(
-            _paired(
-                config,
-                "track-layers",
-                "A neuron is more like the same neuron of the next layer than like another there",
-                "similarity (1 - JSD)",
-                ("same number", own),
-                ("another", other),
-            )
-        )
+        claims.append(_layers_claim(config, layers))
     return claims
+
+
+def _layers_claim(config: TrackConfig, layers: pa.Table) -> Claim:
+    own, other = (
+        layers[name].to_numpy(zero_copy_only=False).astype(float)
+        for name in ("similarity", "other_similarity")
+    )
+    return _paired(
+        config,
+        "track-layers",
+        "A neuron is more like the same neuron of the next layer than like another there",
+        "similarity (1 - JSD)",
+        ("same number", own),
+        ("another", other),
+    )
 
 
 def _paired(

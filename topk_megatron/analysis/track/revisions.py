@@ -1,6 +1,5 @@
 """The exported checkpoints of one training run, and the recording of all on the same text."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from topk_megatron.analysis.record.run import Ranks, record
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError, CheckpointError
+from topk_megatron.files import read_object
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def read_trajectory(directory: Path) -> list[Revision]:
         raise CheckpointError(
             f"{directory} holds no trajectory.json; export one with --all-iterations"
         )
+    content = read_object(path)
     try:
-        entries = json.loads(path.read_text())["revisions"]
         revisions = [
             Revision(
                 entry["name"],
@@ -73,7 +73,7 @@ def read_trajectory(directory: Path) -> list[Revision]:
                 entry.get("tokens_seen"),
                 entry.get("k"),
             )
-            for entry in entries
+            for entry in content["revisions"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error

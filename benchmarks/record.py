@@ -1,16 +1,14 @@
-"""What recording costs beside the plain forward pass, and how cost grows with the tokens.
+"""What recording costs next to the plain forward pass, and how the cost grows with the tokens.
 
     python benchmarks/record.py [--tokens 65536 --repeats 5]      ratios, interleaved
     python benchmarks/record.py --scaling 250000 500000 1000000   seconds and peak memory by size
 
 The model is the quickstart's (6 layers, H = 256, k = 32 at layers 0 to 3, 4,096 tokens) with random
-weights, or an exported folder given with --model; --layers all records every one of its layers as a
-dense model. Tokens are random, drawn by Zipf's law. Medians of one run, plain passes and
-recordings in turn.
+weights, or an exported folder given with --model. Tokens are drawn at random by Zipf's law. Plain
+passes and recordings take turns; the table holds medians.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -27,7 +25,8 @@ import torch
 
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.folder import Folder, open_folder
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.sources import make_source
 
 SEQ_LENGTH = 256
@@ -48,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 
 class _Words:
-    """A tokenizer as `record` needs one."""
+    """As much of a tokenizer as `record` needs."""
 
     def __len__(self) -> int:
         return 4096
@@ -60,7 +59,7 @@ class _Words:
 
 
 def quickstart_folder(directory: Path, layers: list[int]) -> Folder:
-    """The quickstart's model with random weights, without a file of them."""
+    """Return the quickstart's model with random weights, which are never saved."""
     from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
 
     topk = {"site": "residual", "k": 32, "layers": layers, "mode": "value"}
@@ -86,7 +85,7 @@ def quickstart_folder(directory: Path, layers: list[int]) -> Folder:
 
 
 def make_corpus(tokens: int, vocab_size: int) -> Corpus:
-    """Zipf's law over the vocabulary, documents of 5,000 tokens."""
+    """Draw tokens by Zipf's law, in documents of 5,000 tokens."""
     weights = 1 / np.arange(1, vocab_size + 1)
     ids = np.random.default_rng(0).choice(vocab_size, tokens, p=weights / weights.sum())
     starts = np.append(np.arange(0, tokens, 5000), tokens)
@@ -94,7 +93,7 @@ def make_corpus(tokens: int, vocab_size: int) -> Corpus:
 
 
 def plain(folder: Folder, corpus: Corpus, batch: int, *, logits: bool) -> float:
-    """Seconds of the model's own forward pass over the corpus."""
+    """Return the seconds of the model's own forward pass over the corpus."""
     model = folder.model if logits else folder.model.model
     count = len(corpus.tokens) // SEQ_LENGTH * SEQ_LENGTH
     tokens = torch.from_numpy(corpus.tokens[:count].astype(np.int64)).view(-1, SEQ_LENGTH)
@@ -106,18 +105,18 @@ def plain(folder: Folder, corpus: Corpus, batch: int, *, logits: bool) -> float:
 
 
 def recording(folder: Folder, corpus: Corpus, batch: int, directory: Path, raw: bool) -> Any:
-    """Seconds of a whole recording, merge and manifest included, and its speed.json."""
+    """Return the seconds of a whole recording, with merge and manifest, and its speed.json."""
     config = RecordConfig(
         study=directory, run="run", seq_length=SEQ_LENGTH, batch_size=batch, raw=raw, overwrite=True
     )
     started = time.perf_counter()
     done = record(make_source(folder), corpus, config)
     seconds = time.perf_counter() - started
-    return seconds, json.loads((done.directory / "speed.json").read_text())
+    return seconds, done.speed
 
 
 def compare(args: argparse.Namespace, directory: Path) -> None:
-    """Ratios to the plain forward pass."""
+    """Print speeds and their ratios to the plain forward pass."""
     folder = open_folder(args.model) if args.model else quickstart_folder(directory, [0, 1, 2, 3])
     corpus = make_corpus(args.tokens // SEQ_LENGTH * SEQ_LENGTH, folder.vocab_size)
     names = ("plain, no logits", "plain", "aggregates", "aggregates and raw")
@@ -146,14 +145,17 @@ def compare(args: argparse.Namespace, directory: Path) -> None:
 
 
 def one_size(tokens: int, directory: Path) -> None:
-    """Aggregates of all six layers and their entropies, in a process of its own."""
-    from topk_megatron.analysis.entropy.run import EntropyConfig, entropy
+    """Print the cost of aggregates and entropies of all six layers, in a process of its own."""
+    from topk_megatron.analysis.entropy.results import entropy
+    from topk_megatron.analysis.entropy.run import EntropyConfig
+    from topk_megatron.analysis.result import write_result
 
     folder = quickstart_folder(directory, [0, 1, 2, 3, 4, 5])
     corpus = make_corpus(tokens, folder.vocab_size)
     seconds, speed = recording(folder, corpus, 16, directory, False)
     started = time.perf_counter()
-    entropy(EntropyConfig(study=directory, runs=["run"], semantic=False))
+    config = EntropyConfig(study=directory, runs=["run"], semantic=False)
+    write_result(directory, "entropy", entropy(config))
     entropies = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(

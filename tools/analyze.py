@@ -1,4 +1,4 @@
-"""Study the neurons of exported models: what they mean, when they came to be, what they do.
+"""Study the neurons of exported models: what they mean, when they form, and what they do.
 
 python tools/analyze.py record --model hf/topk --corpus data/text --study study --name topk
 python tools/analyze.py entropy --study study --runs topk
@@ -12,8 +12,8 @@ import importlib
 
 from topk_megatron.cli import exit_on_user_error
 
-# Each module has ``register(commands)``, which adds its parser and sets ``run`` on it: a function
-# of the parsed arguments.
+# Each module has ``register(commands)``, which adds a parser whose default ``run`` is a function of
+# the parsed arguments.
 COMMANDS = (
     "topk_megatron.analysis.record.command",
     "topk_megatron.analysis.entropy.command",
@@ -25,7 +25,7 @@ COMMANDS = (
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

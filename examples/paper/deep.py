@@ -80,9 +80,9 @@ def _commands(
             *("convert_checkpoint.py", "to-hf", "--all-iterations"),
             *("--load", topk.directory / "checkpoints", "--save", _trajectory(topk)),
         ),
-        ("analyze.py", "record", *models["topk"], *tokens, "--aggregate-only", "--name", "topk"),
+        ("analyze.py", "record", *models["topk"], *tokens, "--name", "topk"),
         (
-            *("analyze.py", "record", *models["dense"], *tokens, "--aggregate-only"),
+            *("analyze.py", "record", *models["dense"], *tokens),
             *("--name", "dense", "--k", k, "--layers", LAYERS_OF_DENSE),
         ),
         (

@@ -122,7 +122,8 @@ def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str,
     from topk_megatron.analysis.corpus import open_corpus
     from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.measures import corrected_entropy
-    from topk_megatron.analysis.record.run import RecordConfig, record
+    from topk_megatron.analysis.record.plan import RecordConfig
+    from topk_megatron.analysis.record.run import record
     from topk_megatron.analysis.sources import make_source
 
     folder = open_folder(folder_of(run))
@@ -133,7 +134,7 @@ def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     for k, name in recordings(run).items():
         chosen: dict[str, Any] = {"layers": LAYERS_OF_DENSE, "k": k} if is_dense else {}
-        config = RecordConfig(study=study, run=name, raw=False, overwrite=True)
+        config = RecordConfig(study=study, run=name, overwrite=True)
         done = record(make_source(folder, **chosen), corpus, config)
         for layer in done.layers:
             histogram = done.histogram(layer)

@@ -169,10 +169,9 @@ def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
     where = ("--corpus", dataset, "--study", results)
     held_out = (*where, "--documents=-4:", "--max-tokens", 32768)
     topk, dense = ("--model", folders["topk"]), ("--model", folders["dense"])
-    once = "--aggregate-only"
     for command in (
-        ("record", *topk, *held_out, once, "--name", "topk"),
-        ("record", *dense, *held_out, once, "--name", "dense", "--k", 32, "--layers", "all,-2"),
+        ("record", *topk, *held_out, "--name", "topk"),
+        ("record", *dense, *held_out, "--name", "dense", "--k", 32, "--layers", "all,-2"),
         (
             *("sae", *dense, *held_out, "--train-documents=:-4", "--k", 32, "--layers", 2),
             *("--train-tokens", 40960),

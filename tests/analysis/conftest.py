@@ -78,7 +78,7 @@ def write_corpus(prefix: Path, documents: list[np.ndarray], code: int = 8) -> Pa
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """As the ranks of torchrun: other numbers of threads sum in another order."""
+    """Use one thread, as the ranks of torchrun do: other numbers sum in another order."""
     torch.set_num_threads(1)
 
 

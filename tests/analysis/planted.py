@@ -1,4 +1,4 @@
-"""A source whose neurons fire as a test wants, and a call of tools/analyze.py in this process."""
+"""A source whose neurons fire as a test wants, and tools/analyze.py called in this process."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from topk_megatron.analysis.folder import Folder
 class PlantedSource:
     """Neurons of one layer as a function of the tokens; the model is only named.
 
-    `rule(tokens [T])` gives values float32 [T, K] and neurons [T, K]; value 0 is not active.
+    `rule(tokens [T])` returns values float32 [T, K] and neurons [T, K]; value 0 is not active.
     """
 
     kind = "topk"
@@ -59,7 +59,7 @@ def analyze(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, s
 
 
 def assert_one_error(result: tuple[int, str, str], reason: str) -> None:
-    """The promise of every bad input: exit code 2 and one line that gives the reason."""
+    """Check what every bad input leads to: exit code 2 and one line with the reason."""
     code, _, err = result
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert code == 2, err
@@ -69,7 +69,7 @@ def assert_one_error(result: tuple[int, str, str], reason: str) -> None:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file of a run but its speed, by relative name."""
+    """Return every file of a run except speed.json, by relative name."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis import tables
-from topk_megatron.analysis.claims import claim, row
 from topk_megatron.analysis.measures import Interval
-from topk_megatron.analysis.study import write_claims, write_json
-from topk_megatron.analysis.tables import write_table
-from topk_megatron.files import file_facts
+from topk_megatron.analysis.record import merge
+from topk_megatron.analysis.result import Claim, Result, claim, row, write_result
+from topk_megatron.analysis.tables import ALL_LAYERS, write_table
+from topk_megatron.files import file_facts, write_json
 
 # Tokens that would be markup, a line break, a quote, nothing, and a byte.
 ODD = ["<script>window.hacked=1</script>", "</script>", "\n", ' "quoted"', "", "<0x0A>", "&amp;"]
@@ -51,7 +50,7 @@ class Invention:
         write_table(directory / "neurons.parquet", self._neurons())
         numbers = np.arange(self.vocab, dtype=np.int32)
         columns = {"token": numbers, "text": self.texts, "count": numbers.astype(np.int64)}
-        write_table(directory / "vocabulary.parquet", pa.table(columns, schema=tables.VOCABULARY))
+        write_table(directory / "vocabulary.parquet", pa.table(columns, schema=merge.VOCABULARY))
         write_table(directory / "examples.parquet", self._examples())
         for layer in range(self.layers):
             path = directory / "histograms" / f"layer-{layer:03d}.parquet"
@@ -72,7 +71,7 @@ class Invention:
             "max": pa.array(top.astype(np.float32), mask=~fired),
             "min": pa.array(np.zeros(len(fired), np.float32), mask=~fired),
         }  # fmt: skip
-        return pa.table(columns, schema=tables.NEURONS)
+        return pa.table(columns, schema=merge.NEURONS)
 
     def _examples(self) -> pa.Table:
         neurons = np.nonzero(self.counts)[0]
@@ -92,7 +91,7 @@ class Invention:
             "target": np.full(rows, 16, np.int16),
             "values": pa.ListArray.from_arrays(offsets, values.ravel()),
         }  # fmt: skip
-        return pa.table(columns).cast(tables.EXAMPLES)
+        return pa.table(columns).cast(merge.EXAMPLES)
 
     def _histogram(self, layer: int) -> pa.Table:
         """Each neuron fires mostly on the token of its own number, and on 20 others."""
@@ -108,7 +107,7 @@ class Invention:
             "count": shares.ravel().astype(np.int64),
             "mass": shares.ravel().astype(float),
         }
-        return pa.table(columns, schema=tables.HISTOGRAM)
+        return pa.table(columns, schema=merge.HISTOGRAM)
 
     def _manifest(self, files: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -143,24 +142,35 @@ class Invention:
         concepts = (self.neuron[:, None] + np.arange(5)) % self.vocab
         columns["concept_tokens"] = pa.array(concepts.tolist(), pa.list_(pa.int32()))
         columns["concept_lifts"] = pa.array([[50.0, 20.0, 9.0, 4.0, 2.0]] * size)
-        directory = self.study / "entropy"
-        write_table(directory / "neurons.parquet", pa.table(columns))
-        write_table(directory / "summary.parquet", pa.Table.from_pylist(self._entropy_summary()))
+        summary = pa.Table.from_pylist(self._entropy_summary())
         rows = [row("topk", Interval(3.1, 3.0, 3.2, size)), row("dense", Interval(5, 4.9, 5.1, 9))]
         gap = ("topk - dense", Interval(-1.9, -2.1, -1.7, size))
         sentence = "TopK neurons are more specialised than those of <b>the dense twin</b>"
         claims = [
             claim("entropy", "entropy", sentence, "token entropy", "bits", rows, difference=gap)
         ]
-        write_claims(self.study, "entropy", claims)
         refused = None if semantic else "no embedding model is installed"
-        write_json(directory / "parameters.json", {"runs": [self.run], "semantic_refused": refused})
+        parameters = {"runs": [self.run], "semantic_refused": refused}
+        tables = {"neurons": pa.table(columns), "summary": summary}
+        return self._write("entropy", tables, parameters, claims)
+
+    def _write(
+        self,
+        command: str,
+        tables: dict[str, pa.Table],
+        parameters: dict[str, Any],
+        claims: list[Claim] | None = None,
+    ) -> "Invention":
+        result = Result(tables=tables, claims=claims or [], parameters=parameters)
+        write_result(self.study, command, result)
         return self
 
     def _entropy_summary(self) -> list[dict[str, Any]]:
         spread = {"resampled": "neurons", "p10": 1.0, "p50": 3.0, "p90": 6.0, "neurons": self.width}
         levels = {"topk": ("topk", 3.1), "topk:shuffled": ("shuffled", 7.4), "dense": ("dense", 5)}
-        places = itertools.product(range(-1, self.layers), ("token_entropy", "semantic_entropy"))
+        places = itertools.product(
+            (ALL_LAYERS, *range(self.layers)), ("token_entropy", "semantic_entropy")
+        )
         return [
             {"run": run, "kind": kind, "layer": layer, "measure": measure}
             | interval(level + layer / 10)
@@ -171,7 +181,7 @@ class Invention:
 
     def track(self) -> "Invention":
         """track/."""
-        size, directory = len(self.counts), self.study / "track"
+        size = len(self.counts)
         parts = []
         for number, iteration in enumerate(ITERATIONS):
             similarity = (number + 1 + self.rng.random(size)) / (len(ITERATIONS) + 1)
@@ -182,31 +192,30 @@ class Invention:
                 "similarity": similarity, "example_overlap": similarity**2,
             }  # fmt: skip
             parts.append(pa.table(columns))
-        write_table(directory / "checkpoints.parquet", pa.concat_tables(parts))
         drift = self.rng.random(size)
         when = pa.array(np.full(size, 200), mask=drift > 0.5)
         columns = {
             "layer": self.layer, "neuron": self.neuron, "specialised_iteration": when,
             "formed_iteration": when, "drift": drift, "late_drift": drift / 2,
         }  # fmt: skip
-        write_table(directory / "neurons.parquet", pa.table(columns))
         levels = {
             "similarity": 0.2, "other_similarity": 0.02, "specialised": 0.1, "token_entropy": 1.0,
         }  # fmt: skip
         rows = [
-            {"iteration": iteration, "layer": -1, "measure": measure, "neurons": size}
+            {"iteration": iteration, "layer": ALL_LAYERS, "measure": measure, "neurons": size}
             | interval(level * (number + 1))
             for number, iteration in enumerate(ITERATIONS)
             for measure, level in levels.items()
         ]
-        write_table(directory / "summary.parquet", pa.Table.from_pylist(rows))
-        write_claims(self.study, "track", [])
-        write_json(directory / "parameters.json", {"runs": []})
-        return self
+        tables = {
+            "checkpoints": pa.concat_tables(parts),
+            "neurons": pa.table(columns),
+            "summary": pa.Table.from_pylist(rows),
+        }
+        return self._write("track", tables, {"runs": []})
 
     def steer(self, neurons: int = 4) -> "Invention":
         """steer/, of the first neurons of layer 0."""
-        directory = self.study / "steer"
         pushed = [{"layer": 0, "neuron": n} for n in range(neurons)]
         grid = list(itertools.product(STRENGTHS, (False, True)))
         rows = [
@@ -214,27 +223,23 @@ class Invention:
             | {"success": 0.0 if c else s / 10 + one["neuron"] / 100}
             for one in pushed for s, c in grid
         ]  # fmt: skip
-        write_table(directory / "neurons.parquet", pa.Table.from_pylist(rows))
         texts = {"prompt": "To be", "unsteered": " or not <i>to</i> be", "steered": " king king"}
         samples = [
             one | {"strength": s, "sample": 0} | texts for one in pushed for s in STRENGTHS
         ]  # fmt: skip
-        write_table(directory / "samples.parquet", pa.Table.from_pylist(samples))
         signs = {"promoted": 1, "suppressed": -1}
         tokens = [
             one | {"direction": direction, "rank": r, "token": 9 + r, "change": sign * (5.0 - r)}
             for one in pushed for direction, sign in signs.items() for r in range(3)
         ]  # fmt: skip
-        write_table(directory / "tokens.parquet", pa.Table.from_pylist(tokens))
         summary = [
-            {"layer": -1, "strength": s, "control": c, "measure": measure, "neurons": neurons}
-            | interval(0.01 if c else s / 10)
+            {"layer": ALL_LAYERS, "strength": s, "control": c, "measure": measure}
+            | {"neurons": neurons} | interval(0.01 if c else s / 10)
             for s, c in grid for measure in ("success", "damage")
         ]  # fmt: skip
-        write_table(directory / "summary.parquet", pa.Table.from_pylist(summary))
-        write_claims(self.study, "steer", [])
-        write_json(directory / "parameters.json", {"run": self.run})
-        return self
+        found = {"neurons": rows, "samples": samples, "tokens": tokens, "summary": summary}
+        tables = {name: pa.Table.from_pylist(one) for name, one in found.items()}
+        return self._write("steer", tables, {"run": self.run})
 
 
 def interval(level: float) -> dict[str, float]:

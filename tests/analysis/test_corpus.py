@@ -58,13 +58,13 @@ def test_equal_text_has_an_equal_fingerprint_however_it_is_stored(tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is no Megatron index"),
+        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is not a Megatron index"),
         (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:60]), "shorter"),
         (lambda p: Path(f"{p}.bin").write_bytes(b"12"), "shorter than"),
         (lambda p: Path(f"{p}.bin").unlink(), "is missing"),
         (lambda p: write_corpus(p, []), "is empty"),
         (lambda p: write_corpus(p, [np.arange(3)], code=6), "integers"),
-        (lambda p: Path(f"{p}.manifest.json").write_text("{"), "is no JSON"),
+        (lambda p: Path(f"{p}.manifest.json").write_text("{"), "cannot be read as JSON"),
     ],
 )
 def test_damaged_and_empty_datasets_are_refused(damage, reason: str, tmp_path: Path) -> None:

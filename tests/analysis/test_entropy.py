@@ -8,10 +8,13 @@ import pytest
 
 from tests.analysis.planted import PlantedSource, analyze, assert_one_error, make_corpus
 from topk_megatron.analysis.entropy.neurons import control_entropies, layer_examples
-from topk_megatron.analysis.entropy.run import EntropyConfig, entropy
+from topk_megatron.analysis.entropy.results import entropy
+from topk_megatron.analysis.entropy.run import EntropyConfig
 from topk_megatron.analysis.entropy.semantic import load_embedding, semantic_entropy
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
+from topk_megatron.analysis.result import write_result
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
@@ -60,7 +63,8 @@ def run(topk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def rows(run: Run) -> dict[int, dict]:
     study = run.directory.parents[1]
-    entropy(EntropyConfig(study=study, runs=["planted"], distance=0.5), embed)
+    config = EntropyConfig(study=study, runs=["planted"], distance=0.5)
+    write_result(study, "entropy", entropy(config, embed))
     table = read_table(study / "entropy" / "neurons.parquet").to_pylist()
     return {row["neuron"]: row for row in table if row["run"] == "planted"}
 
@@ -137,7 +141,7 @@ def test_a_missing_embedding_model_leaves_out_semantics_only(
     assert code == 0
     assert "the embedding model is missing" in out
     parameters = read_json(study / "entropy" / "parameters.json")
-    assert "is no folder" in parameters["semantic_refused"]
+    assert "is not a folder" in parameters["semantic_refused"]
     table = read_table(study / "entropy" / "neurons.parquet").to_pylist()
     assert all(row["semantic_entropy"] is None for row in table)
     assert table[1]["token_entropy"] == rows[1]["token_entropy"]

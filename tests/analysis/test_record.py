@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.analysis.conftest import HIDDEN, VOCAB, K
 from tests.analysis.planted import analyze, assert_one_error, files_of
 from tests.harness.launch import REPOSITORY
-from topk_megatron.analysis import tables
 from topk_megatron.analysis.corpus import Corpus, open_corpus
 from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.record import merge
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run, open_run
+from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
 from topk_megatron.ops.reference import topk_mask_reference
 
-SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4}
-# Sums are made in another order on other numbers of threads.
+SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4, "raw": True}
+# Another number of threads sums in another order.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-FLAGS = ("--block-tokens", 300, "--top-n", 5, "--bootstrap-neurons", 4)
+FLAGS = ("--block-tokens", 300, "--top-n", 5, "--bootstrap-neurons", 4, "--activations")
 
 
 def corpus_of(prefix: Path) -> Corpus:
@@ -84,15 +84,12 @@ def test_every_activation_is_the_models(
     expected = brute_force(request.getfixturevalue(f"{name}_folder"), token_corpus, layer)
     found = np.zeros_like(expected)
     documents = corpus_of(token_corpus).documents_of(np.arange(len(expected)))
-    rows = 0
-    for path in sorted((run.directory / "activations").glob("*.parquet")):
-        table = pq.read_table(path).to_pandas()
-        table = table[table["layer"] == layer]
-        found[table["position"], table["neuron"]] = table["value"]
-        assert (table["document"] == documents[table["position"]]).all()
-        assert (table["run"] == run.name).all()
-        rows += len(table)
-    assert rows == np.count_nonzero(expected)
+    table = run.activations(layer).to_pandas()
+    found[table["position"], table["neuron"]] = table["value"]
+    assert (table["document"] == documents[table["position"]]).all()
+    assert (table["run"] == run.name).all()
+    assert (table["layer"] == layer).all()
+    assert len(table) == np.count_nonzero(expected)
     # Batches of other sizes sum in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -103,13 +100,10 @@ def test_aggregates_are_those_of_the_recorded_activations(
 ) -> None:
     run = request.getfixturevalue(f"{name}_run")
     tokens = np.asarray(corpus_of(token_corpus).tokens)
-    parts = [pq.read_table(p) for p in sorted((run.directory / "activations").glob("*.parquet"))]
-    raw = [part.to_pandas() for part in parts]
     for layer in run.layers:
         dense = np.zeros((len(tokens), HIDDEN), np.float32)
-        for table in raw:
-            own = table[table["layer"] == layer]
-            dense[own["position"], own["neuron"]] = own["value"]
+        own = run.activations(layer).to_pandas()
+        dense[own["position"], own["neuron"]] = own["value"]
         histogram = run.histogram(layer)
         neurons = run.neurons.to_pandas()
         neurons = neurons[neurons["layer"] == layer].set_index("neuron")
@@ -131,18 +125,14 @@ def test_aggregates_are_those_of_the_recorded_activations(
 
 
 def test_examples_are_the_strongest_of_the_whole_corpus(topk_run: Run) -> None:
-    raw = [
-        pq.read_table(path).to_pandas()
-        for path in sorted((topk_run.directory / "activations").glob("*.parquet"))
-    ]
     examples = topk_run.examples.to_pandas()
     for layer in topk_run.layers:
+        raw = topk_run.activations(layer).to_pandas()
         for neuron in range(HIDDEN):
-            own = [t[(t["layer"] == layer) & (t["neuron"] == neuron)] for t in raw]
+            own = raw[raw["neuron"] == neuron]
             pairs = sorted(
                 (-v, p)
-                for t in own
-                for v, p in zip(t["value"].tolist(), t["position"].tolist(), strict=True)
+                for v, p in zip(own["value"].tolist(), own["position"].tolist(), strict=True)
             )
             found = examples[(examples["layer"] == layer) & (examples["neuron"] == neuron)]
             assert [
@@ -156,7 +146,7 @@ def test_examples_are_the_strongest_of_the_whole_corpus(topk_run: Run) -> None:
 
 
 def test_block_histograms_add_up_to_the_whole(topk_run: Run) -> None:
-    table = topk_run.table("blocks.parquet").to_pandas()
+    table = topk_run.tables["blocks"].to_pandas()
     for layer in topk_run.layers:
         own = table[table["layer"] == layer]
         assert own["neuron"].nunique() <= 4
@@ -171,13 +161,65 @@ def test_aggregates_do_not_need_the_raw_activations(
     topk_run: Run, topk_folder: Path, token_corpus: Path, tmp_path: Path
 ) -> None:
     source = make_source(open_folder(topk_folder))
-    config = RecordConfig(study=tmp_path, run="topk", raw=False, **SETTINGS)
+    config = RecordConfig(study=tmp_path, run="topk", **{**SETTINGS, "raw": False})
     done = record(source, corpus_of(token_corpus), config)
     one, two = files_of(topk_run.directory), files_of(done.directory)
     assert {name for name in one if name not in two} == {
         name for name in one if name.startswith(("activations", "tokens"))
     }
     assert all(one[name] == two[name] for name in two if name != "manifest.json")
+    with pytest.raises(AnalysisError, match=r"holds no single activations.*--activations"):
+        done.activations(0)
+
+
+def test_activations_can_be_cut_to_neurons_and_positions(topk_run: Run) -> None:
+    every = topk_run.activations(1).to_pandas()
+    # Blocks are of 288 tokens: the positions begin in one and end in another.
+    for positions in (range(250, 600), [3, 900], range(0)):
+        found = topk_run.activations(1, neurons=[4, 17, 30], positions=positions).to_pandas()
+        kept = every["neuron"].isin([4, 17, 30]) & every["position"].isin(list(positions))
+        expected = every[kept].reset_index(drop=True)
+        assert found.astype({"run": str}).equals(expected.astype({"run": str}))
+    assert topk_run.activations(1, neurons=[]).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"layer": 2}, "layer 2 was not recorded"),
+        ({"layer": 0, "neurons": [3, 32]}, "neuron 32 is out of range"),
+        ({"layer": 0, "positions": range(5000, 5002)}, "position 5000 is out of range"),
+        ({"layer": 0, "positions": [-1, 5]}, "position -1 is out of range"),
+    ],
+)
+def test_activations_out_of_range_are_refused(
+    topk_run: Run, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(AnalysisError, match=reason):
+        topk_run.activations(**options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"), [((), False), (("--aggregate-only",), False), (("--activations",), True)]
+)
+def test_activations_are_kept_on_request_only(
+    flags: tuple[str, ...],
+    kept: bool,
+    topk_folder: Path,
+    token_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = ["record", "--model", topk_folder, "--corpus", token_corpus, "--study", tmp_path]
+    code, _, err = analyze(monkeypatch, *base, "--name", "run", "--block-tokens", 300, *flags)
+    assert code == 0, err
+    run = open_run(tmp_path, "run")
+    for name in ("activations", "tokens"):
+        files = list((run.directory / name).glob("*.parquet"))
+        assert len(files) == (run.manifest["blocks"] if kept else 0)
+    assert run.manifest["raw"] is kept
+    assert run.claims == []
+    assert set(run.tables) >= {"neurons", "examples", "blocks", "histograms/layer-000"}
 
 
 def test_small_tables_in_memory_change_nothing(
@@ -190,8 +232,9 @@ def test_small_tables_in_memory_change_nothing(
     monkeypatch.setattr(merge, "_PAIRS", 5 * VOCAB)
     done = make_run(topk_folder, token_corpus, tmp_path, "topk")
     for layer in (0, 1):
-        name = f"histograms/layer-{layer:03d}.parquet"
-        assert tables.read_table(done.directory / name).equals(topk_run.table(name))
+        name = f"histograms/layer-{layer:03d}"
+        found = read_table(done.directory / f"{name}.parquet")
+        assert found.equals(topk_run.tables[name])
 
 
 def command(folder: Path, prefix: Path, study: Path, block_tokens: int = 300) -> list[str]:
@@ -254,7 +297,7 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
     make_run(elsewhere, Path(os.path.relpath(token_corpus)), study, "topk")
     assert (topk_run.directory / "manifest.json").stat().st_mtime_ns == before
     config = RecordConfig(study=study, run="topk", **{**SETTINGS, "top_n": 6})
-    with pytest.raises(AnalysisError, match="begun with another top_n"):
+    with pytest.raises(AnalysisError, match="started with another top_n"):
         record(make_source(open_folder(topk_folder)), corpus_of(token_corpus), config)
 
 
@@ -271,8 +314,13 @@ def test_damaged_and_missing_files_of_a_run_are_named(
     victim.unlink()
     with pytest.raises(AnalysisError, match=r"layer-001\.parquet is missing"):
         run.histogram(1)
+    block = run.directory / "activations" / "block-000001.parquet"
+    block.write_bytes(block.read_bytes()[:-9])
+    assert run.activations(0, positions=[0, 1]).num_rows == 2 * K  # of the block before
+    with pytest.raises(AnalysisError, match=r"block-000001\.parquet is damaged"):
+        run.activations(0)
     (run.directory / "manifest.json").write_text("{")
-    with pytest.raises(AnalysisError, match=r"manifest\.json is damaged"):
+    with pytest.raises(AnalysisError, match=r"manifest\.json cannot be read as JSON"):
         open_run(tmp_path, "run")
     (run.directory / "manifest.json").unlink()
     with pytest.raises(AnalysisError, match="is unfinished"):

@@ -9,8 +9,12 @@ import torch
 from tests.analysis.planted import analyze, assert_one_error
 from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.sae.results import MatchConfig, match_layer
-from topk_megatron.analysis.sae.saved import load_saes, sae_directory
-from topk_megatron.analysis.sae.training import SAETraining, train_sae
+from topk_megatron.analysis.sae.training import (
+    SAETraining,
+    load_saes,
+    sae_directory,
+    train_sae,
+)
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import open_run, read_json
 from topk_megatron.analysis.tables import read_table
@@ -64,7 +68,7 @@ def test_quality_and_training_are_written(study: Path) -> None:
 def test_a_run_matched_with_itself_matches_everywhere(study: Path) -> None:
     run = open_run(study, "sae-seed-0")
     decoder = np.eye(32)
-    found = match_layer(MatchConfig(study=study), run, run, 0, (decoder, decoder[::-1]))
+    found = match_layer(MatchConfig(), run, run, 0, (decoder, decoder[::-1]))
     live = run.histogram(0).totals > 0
     # Two latents can have the very same tokens; the lower number is then taken.
     assert found["matched"][live].mean() > 0.9

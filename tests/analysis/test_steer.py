@@ -10,7 +10,8 @@ from tests.analysis.conftest import K
 from tests.analysis.planted import analyze, assert_one_error
 from topk_megatron.analysis.corpus import open_corpus
 from topk_megatron.analysis.folder import Folder, open_folder
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.steer.generate import (
     Push,

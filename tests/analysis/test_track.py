@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from tests.analysis.conftest import make_model
 from tests.analysis.planted import PlantedSource, analyze, assert_one_error, make_corpus
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.analysis.track.run import TrackConfig, stays_from, track_layer, track_layers
@@ -43,14 +44,14 @@ def runs(topk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ru
         record(
             PlantedSource(folder, 3, planted_rule(step)),  # pyright: ignore[reportArgumentType]
             corpus,
-            RecordConfig(study=study, run=f"t@{step}", raw=False, top_n=8),
+            RecordConfig(study=study, run=f"t@{step}", top_n=8),
         )
         for step in FIRES
     ]
 
 
 def test_similarity_to_the_end_is_that_of_what_neurons_fire_on(runs: list[Run]) -> None:
-    config = TrackConfig(study=Path(), context_neurons=0, specialised_bits=2)
+    config = TrackConfig(context_neurons=0, specialised_bits=2)
     found, formation = track_layer(config, runs, 0, None)
     similarity = np.stack([columns["similarity"] for columns in found])
     assert similarity[2] == pytest.approx(1)
@@ -65,7 +66,7 @@ def test_similarity_to_the_end_is_that_of_what_neurons_fire_on(runs: list[Run]) 
 
 
 def test_neuron_that_moves_is_not_matched_to_itself(runs: list[Run]) -> None:
-    config = TrackConfig(study=Path(), context_neurons=0)
+    config = TrackConfig(context_neurons=0)
     found, _ = track_layer(config, runs, 0, None)
     assert found[0]["best_match"].tolist()[1] == 1
     assert found[1]["best_match"].tolist()[:2] == [0, 1]
@@ -73,7 +74,7 @@ def test_neuron_that_moves_is_not_matched_to_itself(runs: list[Run]) -> None:
 
 
 def test_examples_overlap_with_the_last_checkpoints(runs: list[Run]) -> None:
-    config = TrackConfig(study=Path(), context_neurons=0)
+    config = TrackConfig(context_neurons=0)
     found, _ = track_layer(config, runs, 0, None)
     # All values tie, so that the examples are the first places of a neuron's tokens.
     assert found[0]["example_overlap"].tolist() == [0, 1, 0] or found[0]["example_overlap"][0] < 1
@@ -132,7 +133,7 @@ def test_a_run_of_one_layer_has_no_pairs_of_layers(runs: list[Run]) -> None:
     ("content", "reason"),
     [
         (None, "holds no trajectory.json"),
-        ("{", "is damaged"),
+        ("{", "cannot be read as JSON"),
         ('{"revisions": [{"name": "a"}]}', "is damaged"),
         ('{"revisions": [{"name": "a", "iteration": 1}]}', "tracking needs two"),
     ],

@@ -1,13 +1,13 @@
 """The text that neurons are studied on: one stream of token ids, cut into documents.
 
 A Megatron dataset (``.bin``/``.idx``) is mapped into memory and never read as a whole; text files
-go through the model's own tokenizer. Models see the stream in sequences of equal length, documents
-packed behind each other as in training.
+go through the model's own tokenizer. Models see the stream in sequences of equal length, with
+documents packed one after the other as in training. The last part turns tokens back into text.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from topk_megatron.errors import DataError
+from topk_megatron.files import read_object
 from topk_megatron.text.sources import read_texts
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HASH_CHUNK = 1 << 22
-# Fixed part of an .idx file: header, version, dtype code, number of sequences and of documents.
+# The fixed part of an .idx file: header, version, dtype code, numbers of sequences and documents.
 _INDEX_FIXED_BYTES = 9 + 8 + 1 + 8 + 8
+# A piece that stands for one byte.
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class Corpus:
     Attributes:
         path: where it came from, as the user gave it.
         kind: ``megatron`` or ``text``.
-        tokens: int [tokens], ids of all documents in a row.
-        starts: int64 [documents + 1], position of each document's first token, and the end.
-        tokenizer_sha256: of the tokenizer that made a Megatron dataset, None where not known.
+        tokens: int [tokens], the ids of all documents in a row.
+        starts: int64 [documents + 1], the position of each document's first token, and the end.
+        tokenizer_sha256: SHA-256 of the tokenizer that made a Megatron dataset; None if unknown.
     """
 
     path: str
@@ -43,16 +46,16 @@ class Corpus:
     tokenizer_sha256: str | None = None
 
     def documents_of(self, positions: np.ndarray) -> np.ndarray:
-        """Number of the document at each position, int32."""
+        """Return the number of the document at each position, int32."""
         return (np.searchsorted(self.starts, positions, side="right") - 1).astype(np.int32)
 
     def sequences(self, first: int, last: int, length: int) -> np.ndarray:
-        """Tokens [first, last) as int64, the part of the stream that a block covers."""
+        """Return the tokens [first, last) of whole sequences as int64."""
         assert first % length == 0
         return np.asarray(self.tokens[first:last], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and document ends; equal for equal text, however stored."""
+        """Return the SHA-256 of tokens and document ends; equal text has an equal fingerprint."""
         digest = hashlib.sha256()
         for begin in range(0, len(self.tokens), _HASH_CHUNK):
             digest.update(np.asarray(self.tokens[begin : begin + _HASH_CHUNK], "<i4").tobytes())
@@ -60,7 +63,7 @@ class Corpus:
         return digest.hexdigest()
 
     def counts(self, vocab_size: int) -> np.ndarray:
-        """Occurrences of every token, int64 [vocab_size]."""
+        """Return the occurrences of every token, int64 [vocab_size]."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for begin in range(0, len(self.tokens), _HASH_CHUNK):
             chunk = np.asarray(self.tokens[begin : begin + _HASH_CHUNK], dtype=np.int64)
@@ -79,12 +82,12 @@ def open_corpus(
 
     Args:
         path: prefix of ``.bin`` and ``.idx``, or a text file, glob or directory of .txt/.md/.jsonl.
-        tokenizer: gives the model's; called for text files only.
-        documents: ``FIRST:LAST`` in Python's sense (``-4:`` are the last four); None takes all.
-        max_tokens: keep the first so many tokens.
+        tokenizer: returns the model's tokenizer; called for text files only.
+        documents: a slice ``FIRST:LAST`` (``-4:`` are the last four); None takes all.
+        max_tokens: how many tokens to keep from the start; None keeps all.
 
     Raises:
-        DataError: nothing there, unreadable, or no token is left.
+        DataError: nothing is there, it cannot be read, or no token is left.
     """
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     if Path(f"{prefix}.idx").exists():
@@ -98,10 +101,10 @@ def open_corpus(
 
 
 def check_tokenizer(corpus: Corpus, folder: Path, vocab_size: int) -> None:
-    """Refuse a corpus whose ids are not this model's.
+    """Refuse a corpus that was tokenized for another model.
 
     Raises:
-        DataError: an id that the model does not have, or a dataset made by another tokenizer.
+        DataError: the corpus has an id that the model lacks, or another tokenizer made it.
     """
     highest = max(
         int(corpus.tokens[begin : begin + _HASH_CHUNK].max())
@@ -127,7 +130,7 @@ def _open_megatron(prefix: str) -> Corpus:
     try:
         dtype, lengths, pointers, documents = _read_index(index)
         if not data.exists():
-            raise DataError(f"{data} is missing beside {index}")
+            raise DataError(f"{data} is missing next to {index}")
         total = int(lengths.sum())
         if data.stat().st_size < total * dtype.itemsize:
             raise DataError(f"{data} is shorter than {index} says; it is damaged or half copied")
@@ -142,15 +145,15 @@ def _open_megatron(prefix: str) -> Corpus:
         raise DataError(f"cannot read the dataset {prefix}: {error}") from error
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
-        raise DataError(f"the sequences of {index} do not lie one behind the other in {data}")
+        raise DataError(f"the sequences of {index} do not follow one another in {data}")
     return Corpus(prefix, "megatron", tokens[:total], ends[documents], _made_with(prefix))
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Token dtype, sequence lengths int32, byte offsets and document starts int64."""
+    """Return the token dtype, sequence lengths int32, byte offsets and document starts int64."""
     raw = path.read_bytes()
     if not raw.startswith(_INDEX_HEADER) or len(raw) < _INDEX_FIXED_BYTES:
-        raise DataError(f"{path} is no Megatron index (.idx)")
+        raise DataError(f"{path} is not a Megatron index (.idx)")
     code = raw[17]
     if code not in _INDEX_DTYPES:
         raise DataError(f"{path} holds data of type code {code}; token ids are integers")
@@ -168,10 +171,7 @@ def _made_with(prefix: str) -> str | None:
     manifest = Path(f"{prefix}.manifest.json")
     if not manifest.exists():
         return None
-    try:
-        return json.loads(manifest.read_text()).get("tokenizer_sha256")
-    except ValueError as error:
-        raise DataError(f"{manifest} is no JSON: {error}") from error
+    return read_object(manifest, DataError).get("tokenizer_sha256")
 
 
 def _open_text(path: str, tokenizer: Any) -> Corpus:
@@ -220,3 +220,54 @@ def _range(text: str, documents: int) -> tuple[int, int]:
         ) from error
     begin, end, _ = slice(first, last).indices(documents)
     return begin, end
+
+
+def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
+    """Return what each token adds to a text, spaces included; a byte piece stays ``<0x0A>``.
+
+    A token that is decoded on its own may lose its leading space, so SentencePiece's mark for it
+    is read from the pieces. Ids that the tokenizer does not know become ``<id>``.
+    """
+    known = min(vocab_size, len(tokenizer))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(known)))
+    special = set(tokenizer.all_special_ids)
+    space = " " if _separates(tokenizer, pieces, special) else ""
+    texts = []
+    for number, piece in enumerate(pieces):
+        if piece is None:
+            texts.append(f"<{number}>")
+        elif number in special or _BYTE.fullmatch(piece):
+            texts.append(piece)
+        else:
+            texts.append(space + _token_text(tokenizer, number, piece))
+    return [*texts, *(f"<{number}>" for number in range(known, vocab_size))]
+
+
+def join_tokens(texts: Sequence[str]) -> str:
+    """Join the texts of tokens: byte pieces are decoded, special tokens stay unchanged."""
+    if not any(_BYTE.fullmatch(text) for text in texts):
+        return "".join(texts)
+    data = bytearray()
+    for text in texts:
+        found = _BYTE.fullmatch(text)
+        data += bytes([int(found[1], 16)]) if found else text.encode()
+    return data.decode(errors="replace")
+
+
+def _token_text(tokenizer: Any, number: int, piece: str) -> str:
+    if "▁" in piece:
+        return piece.replace("▁", " ")
+    decoded = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+    return piece if "\ufffd" in decoded else decoded
+
+
+def _separates(tokenizer: Any, pieces: list[str], special: set[int]) -> bool:
+    """Return whether the tokenizer puts spaces between tokens, as a word-level one does."""
+    if any("▁" in piece or "Ġ" in piece for piece in pieces if piece):
+        return False
+    pair = [n for n in range(len(pieces)) if n not in special][:2]
+    if len(pair) < 2:
+        return False
+    one, two = (tokenizer.decode([n], clean_up_tokenization_spaces=False) for n in pair)
+    both = tokenizer.decode(pair, clean_up_tokenization_spaces=False)
+    return both == f"{one} {two}"

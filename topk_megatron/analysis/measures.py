@@ -1,4 +1,4 @@
-"""The numbers of docs/analysis.md: entropies, similarities of distributions, intervals.
+"""The formulas of docs/analysis.md: entropies, similarity of distributions, intervals.
 
 Legend: N neurons, V tokens. A distribution over tokens is a row of non-negative counts or mass that
 need not sum to 1. Entropies and divergences are in bits.
@@ -10,19 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import digamma
 
-from topk_megatron.analysis.study import Histogram
-
 _LN2 = float(np.log(2))
 _RESAMPLE_ENTRIES = 1 << 22
 
 
 def plugin_entropy(weights: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """H = log2 W - (1/W) Σ w log2 w of every group, W = Σ w; NaN for an empty group.
+    """Return H = log2 W - (1/W) Σ w log2 w of every group, W = Σ w; NaN for an empty group.
 
     Args:
-        weights: [entries], > 0: counts or mass of distinct outcomes.
-        groups: int [entries], the group of each.
-        num_groups: number of groups.
+        weights: [entries], > 0, counts or mass of distinct outcomes.
+        groups: int [entries], the group of each entry.
+        num_groups: the number of groups.
     """
     weights = weights.astype(np.float64)
     total = np.bincount(groups, weights=weights, minlength=num_groups)
@@ -33,11 +31,11 @@ def plugin_entropy(weights: np.ndarray, groups: np.ndarray, num_groups: int) -> 
 
 
 def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """Entropy of every group with Zhang's correction for the sample's size.
+    """Return the entropy of every group with Zhang's correction for the sample's size.
 
     H = (ψ(n) - (1/n) Σ c ψ(c)) / ln 2, n = Σ c. The plug-in entropy misses about (S - 1) / (2 n
-    ln 2) bits where S tokens occur; this one's bias decays exponentially in n (Zhang, Neural
-    Computation 24, 2012). It is 0 for a single outcome, as it must be.
+    ln 2) bits where S tokens occur; the bias of this estimate decays exponentially in n (Zhang,
+    Neural Computation 24, 2012). It is 0 for a single outcome, as it must be.
     """
     counts = counts.astype(np.float64)
     total = np.bincount(groups, weights=counts, minlength=num_groups)
@@ -48,7 +46,10 @@ def corrected_entropy(counts: np.ndarray, groups: np.ndarray, num_groups: int) -
 
 
 def js_similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """1 - Jensen-Shannon divergence of rows [N, V]; 1 is equal, 0 disjoint, NaN without counts."""
+    """Return 1 - Jensen-Shannon divergence of rows [N, V], float64 [N].
+
+    Equal rows have 1, disjoint rows 0, and rows without counts NaN.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = (x / x.sum(axis=-1, keepdims=True) for x in (one, other))
         middle = (p + q) / 2
@@ -57,39 +58,9 @@ def js_similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.where(valid, np.clip(1 - parts[0] - parts[1], 0, 1), np.nan)
 
 
-def affinity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Bhattacharyya coefficients Σ √(p q) of all pairs of rows, [N, V] and [M, V] to [N, M]."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        roots = [np.sqrt(np.nan_to_num(x / x.sum(axis=-1, keepdims=True))) for x in (one, other)]
-    return roots[0] @ roots[1].T
-
-
-def dense_counts(histogram: Histogram, neurons: np.ndarray | None = None) -> np.ndarray:
-    """Counts of all or some neurons as float64 [N, V]."""
-    if neurons is None:
-        neurons = np.arange(histogram.width)
-    rows = np.zeros((len(neurons), histogram.vocab_size))
-    for row, neuron in enumerate(neurons):
-        tokens, counts, _ = histogram.of(int(neuron))
-        rows[row, tokens] = counts
-    return rows
-
-
-def js_of_histograms(
-    one: Histogram, other: Histogram, partner: np.ndarray | None = None, chunk: int = 256
-) -> np.ndarray:
-    """`js_similarity` of neuron n of `one` to neuron partner[n] of `other`, float64 [N]."""
-    partner = np.arange(other.width) if partner is None else partner
-    found = np.empty(one.width)
-    for begin in range(0, one.width, chunk):
-        part = np.arange(begin, min(begin + chunk, one.width))
-        found[part] = js_similarity(dense_counts(one, part), dense_counts(other, partner[part]))
-    return found
-
-
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval; n is the number of things that it is a mean of."""
+    """An estimate with its interval; n is the number of values that it is a mean of."""
 
     value: float
     low: float
@@ -98,7 +69,7 @@ class Interval:
 
 
 def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `resamples` draws with replacement, float64 [resamples]."""
+    """Return the means of `resamples` draws with replacement, float64 [resamples]."""
     count = len(values)
     means = np.empty(resamples)
     step = max(1, _RESAMPLE_ENTRIES // max(count, 1))
@@ -111,7 +82,10 @@ def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator
 def mean_interval(
     values: np.ndarray, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Interval | None:
-    """Mean with a percentile bootstrap interval over the values; NaN are left out, None if none."""
+    """Return the mean and its percentile bootstrap interval over the values.
+
+    NaN are left out; without any other value the result is None.
+    """
     values = values[~np.isnan(values)]
     if not len(values):
         return None
@@ -123,14 +97,11 @@ def difference_interval(
     one: np.ndarray,
     other: np.ndarray,
     *,
-    paired: bool = False,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval | None:
-    """Difference of means with its bootstrap interval; paired resamples the differences."""
-    if paired:
-        return mean_interval(one - other, resamples=resamples, confidence=confidence, seed=seed)
+    """Return the difference of means and its bootstrap interval; None if a side has no value."""
     one, other = one[~np.isnan(one)], other[~np.isnan(other)]
     if not len(one) or not len(other):
         return None
@@ -141,7 +112,10 @@ def difference_interval(
 
 
 def normal_interval(value: float, replicates: np.ndarray, confidence: float, n: int) -> Interval:
-    """Value ± z times the replicates' standard deviation, for estimators that resampling biases."""
+    """Return value ± z standard deviations of the replicates.
+
+    It is for estimators that resampling biases, where percentiles would be off.
+    """
     from scipy.stats import norm
 
     reach = float(norm.ppf((1 + confidence) / 2)) * float(replicates.std(ddof=1))
@@ -161,13 +135,13 @@ def block_replicates(
     measure: Callable[[np.ndarray], float],
     weights: np.ndarray,
 ) -> np.ndarray:
-    """A measure of counts under resampled blocks.
+    """Return a measure of counts under resampled blocks, float64 [resamples].
 
     Args:
-        counts: [entries] of (pair, block).
-        blocks: int [entries].
-        pairs: int [entries], number of the (neuron, token) pair.
-        measure: of the counts of all pairs [pairs].
+        counts: [entries], the count of each (pair, block).
+        blocks: int [entries], the block of each entry.
+        pairs: int [entries], the number of its (neuron, token) pair.
+        measure: computes the measure from the counts of all pairs.
         weights: int [resamples, blocks], how often each block was drawn.
     """
     num_pairs = int(pairs.max()) + 1

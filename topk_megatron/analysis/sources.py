@@ -1,10 +1,14 @@
-"""Where activations come from: a TopK LM, a dense LM under the same rule, or a SAE on a dense LM.
+"""Where activations come from: a TopK LM, a dense LM under the same rule, or an SAE on a dense LM.
 
-Every source gives the same thing for a batch of token ids: the values and numbers of the k
-selected neurons of each recorded layer. Legend: B sequences, S positions, K survivors, N neurons.
+Every source returns the same for a batch of token ids: the values and numbers of the k selected
+neurons of each recorded layer. The last part reads and changes the outputs of whole decoder layers,
+for models that have no TopK.
+
+Legend: B sequences, S positions, T tokens (B * S), K survivors, N neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +17,11 @@ import torch
 from torch import Tensor
 
 from topk_megatron.analysis.folder import Folder
-from topk_megatron.analysis.hooks import reading_layers
 from topk_megatron.config import parse_layers
 from topk_megatron.errors import AnalysisError, CheckpointError
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits
 
-# A layer's values [B * S, K] float32 and neuron numbers [B * S, K], of any integer type.
+# By layer, the values [T, K] float32 and the neurons [T, K] of any integer type.
 States = dict[int, tuple[Tensor, Tensor]]
 
 
@@ -28,11 +31,11 @@ class ActivationSource(Protocol):
     Attributes:
         kind: ``topk``, ``dense`` or ``sae``.
         folder: the model.
-        layers: recorded layers, ascending.
-        width: neurons of a layer.
-        k: survivors a token.
+        layers: the layers to record, ascending.
+        width: neurons per layer.
+        k: survivors per token.
         mode: ``value`` or ``abs``.
-        sae: what a manifest says of the SAE; None without one.
+        sae: the manifest's entry about the SAE; None without one.
     """
 
     kind: str
@@ -44,13 +47,13 @@ class ActivationSource(Protocol):
     sae: dict[str, Any] | None
 
     def states(self, tokens_BS: Tensor) -> States:
-        """The selected neurons of every recorded layer, rows in the order of the tokens."""
+        """Return the selected neurons of every recorded layer, rows in the order of the tokens."""
         ...
 
 
 @dataclass
 class TopKSource:
-    """A TopK LM: the states are what its own TopK lets pass."""
+    """A TopK LM: the states that pass its own TopK."""
 
     folder: Folder
     layers: tuple[int, ...]
@@ -103,7 +106,7 @@ class DenseSource:
 
 
 class SAESource:
-    """Latents of SAELens SAEs on a dense LM, one for each layer."""
+    """The latents of SAELens SAEs on a dense LM, one SAE per layer."""
 
     kind: str = "sae"
     mode: str = "value"
@@ -122,7 +125,8 @@ class SAESource:
             if sae.cfg.d_in != folder.hidden_size:
                 raise CheckpointError(
                     f"the SAE of layer {layer} reads {sae.cfg.d_in} numbers, the model in "
-                    f"{folder.path} has hidden size {folder.hidden_size}; it is another model's"
+                    f"{folder.path} has hidden size {folder.hidden_size}; give an SAE that was "
+                    "trained on this model"
                 )
 
     @torch.inference_mode()
@@ -140,18 +144,18 @@ class SAESource:
 
 
 def select(x_TN: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
-    """The k selected values [T, k] float32 of each row and their coordinates, ascending."""
+    """Return the k selected values [T, K] float32 of each row and their neurons, ascending."""
     y, bits = topk_mask_with_bits(x_TN.contiguous(), k, mode=mode)
     values, indices = pack_sparse(y, bits, min(k, x_TN.shape[-1]))
     return values.float(), indices
 
 
 def choose_layers(folder: Folder, text: str | None) -> tuple[int, ...]:
-    """Layers to record: those asked for, else the TopK ones, else all but the last two.
+    """Return the layers to record: those asked for, else the TopK ones, else all but the last two.
 
     Raises:
-        ConfigError: not a layer list, or out of range.
-        AnalysisError: a layer without TopK was asked for of a TopK LM.
+        ConfigError: `text` is not a layer list, or a layer is out of range.
+        AnalysisError: a layer of a TopK LM was asked for that has no TopK.
     """
     if text is None:
         if folder.topk_layers:
@@ -177,17 +181,17 @@ def make_source(
     mode: str = "value",
     sae: Sequence[Path] = (),
 ) -> ActivationSource:
-    """The source for a model folder, by what it holds.
+    """Return the source that fits the model of a folder.
 
     Args:
         folder: the model.
-        layers: layer list as in ``--topk-layers``; None chooses.
-        k: survivors a token; needed for a dense model, refused for a TopK LM.
+        layers: a layer list as in ``--topk-layers``; None chooses.
+        k: survivors per token; needed for a dense model, refused for a TopK LM.
         mode: ``value`` or ``abs``, for a dense model.
-        sae: directories of SAEs, as `sae` writes them.
+        sae: directories of SAEs, as the command `sae` writes them.
 
     Raises:
-        AnalysisError: a model without TopK and no k; a k for a TopK LM; SAEs for a TopK LM.
+        AnalysisError: a dense model came without k, or a TopK LM with k or SAEs.
     """
     if folder.topk_layers:
         if k is not None or sae:
@@ -197,7 +201,7 @@ def make_source(
             )
         return TopKSource(folder, choose_layers(folder, layers))
     if sae:
-        from topk_megatron.analysis.sae.saved import load_saes
+        from topk_megatron.analysis.sae.training import load_saes
 
         saes, described = load_saes(sae)
         wanted = choose_layers(folder, layers) if layers else tuple(sorted(saes))
@@ -210,6 +214,49 @@ def make_source(
     if k is None:
         raise AnalysisError(
             f"the model in {folder.path} has no TopK layers; give --k to record the k largest "
-            "neurons of each hidden state by the same rule, or --sae for the latents of a SAE"
+            "neurons of each hidden state by the same rule, or --sae for the latents of an SAE"
         )
     return DenseSource(folder, choose_layers(folder, layers), k, mode)
+
+
+def _hidden(output: Any) -> Tensor:
+    # Decoder layers of transformers return a tensor (5.x) or a tuple that begins with it (4.x).
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def reading_layers(
+    model: Any, layers: Sequence[int], read: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `read(layer, hidden [b, s, H])` with the output of each of these layers."""
+
+    def make(layer: int) -> Callable[..., None]:
+        return lambda module, inputs, output: read(layer, _hidden(output))
+
+    handles = [model.model.layers[n].register_forward_hook(make(n)) for n in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def changing_layers(model: Any, changes: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the output of each layer by `changes[layer](hidden [b, s, H])`."""
+
+    def make(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            hidden = change(_hidden(output))
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+        return hook
+
+    handles = [
+        model.model.layers[n].register_forward_hook(make(change)) for n, change in changes.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,76 +1,99 @@
-"""The study directory: where files lie, and reading the runs in it with checks."""
+"""The study directory: where its files are, and the recorded runs in it, checked when read."""
 
-import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
+from topk_megatron import files
+from topk_megatron.analysis.histograms import Histogram
+from topk_megatron.analysis.result import Result
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
-from topk_megatron.files import file_facts, replacing
+from topk_megatron.files import file_facts
+
+# pyarrow makes these functions at import, where a type checker does not see them.
+compute: Any = pyarrow.compute
 
 FORMAT_VERSION = 1
-COMMANDS = ("entropy", "track", "steer", "sae")
 _RUN_NAME = re.compile(r"[A-Za-z0-9._@-]+")
 
-
-@dataclass(frozen=True)
-class Histogram:
-    """Token histograms of one layer, of all neurons in a row.
-
-    Attributes:
-        width: neurons N of the layer.
-        vocab_size: tokens V.
-        starts: int64 [N + 1]; neuron n has the entries starts[n] to starts[n + 1].
-        tokens: int32, ascending within a neuron.
-        counts: int64, activations on that token.
-        mass: float64, sum of |value| on that token.
-    """
-
-    width: int
-    vocab_size: int
-    starts: np.ndarray
-    tokens: np.ndarray
-    counts: np.ndarray
-    mass: np.ndarray
-
-    def of(self, neuron: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, counts and mass of one neuron."""
-        part = slice(self.starts[neuron], self.starts[neuron + 1])
-        return self.tokens[part], self.counts[part], self.mass[part]
-
-    @property
-    def totals(self) -> np.ndarray:
-        """Activations of every neuron, int64 [N]."""
-        sums = np.concatenate([[0], np.cumsum(self.counts)])
-        return sums[self.starts[1:]] - sums[self.starts[:-1]]
-
-    @property
-    def neurons(self) -> np.ndarray:
-        """The neuron of every entry, int64."""
-        return np.repeat(np.arange(self.width), np.diff(self.starts))
+# Reads a JSON file of a study; a file that is missing or damaged raises AnalysisError.
+read_json = partial(files.read_json, error=AnalysisError)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
+class RunTables(Mapping[str, pa.Table]):
+    """The tables of a run by name, such as ``neurons`` or ``histograms/layer-003``.
 
-    Attributes:
-        directory: its folder.
+    A table is read from its file when it is asked for, after the file was compared with the
+    manifest.
+
+    Args:
+        directory: the run's folder.
         manifest: its manifest.json.
     """
 
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self._directory, self._manifest = directory, manifest
+
+    def __getitem__(self, name: str) -> pa.Table:
+        return read_table(self.check(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removesuffix(".parquet") for name in self._manifest["files"])
+
+    def __len__(self) -> int:
+        return len(self._manifest["files"])
+
+    def check(self, name: str) -> Path:
+        """Compare a table's file with the size and SHA-256 in the manifest; return its path.
+
+        Raises:
+            AnalysisError: the file is missing, or is not the one that was written.
+        """
+        file = f"{name}.parquet"
+        path, run = self._directory / file, self._manifest["run"]
+        expected = self._manifest["files"].get(file)
+        if expected is None:
+            raise AnalysisError(f"the run {run} has no {file}; record it again")
+        if not path.is_file() or file_facts(path) != expected:
+            state = "damaged" if path.is_file() else "missing"
+            raise AnalysisError(
+                f"{path} is {state}: it is not the file that its manifest.json describes; record "
+                f"the run again with --overwrite"
+            )
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Result):
+    """A finished run: the result of `record`.
+
+    It differs from the `Result` of the other commands in that its tables are in its folder
+    already, because they were written while the model ran and may be larger than memory. They
+    are read when asked for. Its parameters are the manifest, and it makes no claims.
+
+    Attributes:
+        directory: the run's folder.
+    """
+
     directory: Path
-    manifest: dict[str, Any]
+    tables: RunTables
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        return self.parameters
 
     @property
     def name(self) -> str:
-        """RUN."""
+        """The run's name in its study."""
         return self.manifest["run"]
 
     @property
@@ -80,56 +103,89 @@ class Run:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Recorded layers."""
+        """The recorded layers."""
         return tuple(self.manifest["layers"])
 
     @property
     def width(self) -> int:
-        """Neurons a layer."""
+        """Neurons per layer."""
         return self.manifest["width"]
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model."""
+        """Tokens of the model's vocabulary."""
         return self.manifest["model"]["vocab_size"]
 
     @cached_property
+    def speed(self) -> dict[str, Any]:
+        """The content of speed.json."""
+        return read_json(self.directory / "speed.json")
+
+    @cached_property
     def neurons(self) -> pa.Table:
-        """neurons.parquet."""
-        return self.table("neurons.parquet")
+        """The content of neurons.parquet."""
+        return self.tables["neurons"]
 
     @cached_property
     def vocabulary(self) -> pa.Table:
-        """vocabulary.parquet."""
-        return self.table("vocabulary.parquet")
+        """The content of vocabulary.parquet."""
+        return self.tables["vocabulary"]
 
     @cached_property
     def examples(self) -> pa.Table:
-        """examples.parquet."""
-        return self.table("examples.parquet")
+        """The content of examples.parquet."""
+        return self.tables["examples"]
 
-    def table(self, name: str) -> pa.Table:
-        """Read one of the run's files, checked against the manifest.
+    def histogram(self, layer: int) -> Histogram:
+        """Return the token histograms of one layer."""
+        self.check_layer(layer)
+        table = self.tables[f"histograms/layer-{layer:03d}"]
+        neurons, tokens, counts, mass = (column.to_numpy() for column in table.columns)
+        starts = np.searchsorted(neurons, np.arange(self.width + 1))
+        return Histogram(self.width, self.vocab_size, starts, tokens, counts, mass)
+
+    def activations(
+        self,
+        layer: int,
+        *,
+        neurons: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> pa.Table:
+        """Return single activations, of a run that was recorded with ``--activations``.
+
+        Only the blocks that hold the positions are read, one at a time, and of those only the
+        layer, so that memory holds the result and one block.
+
+        Args:
+            layer: a recorded layer.
+            neurons: the neurons to keep; None keeps all.
+            positions: the positions in the corpus to keep, such as ``range(1000, 2000)``; None
+                keeps all.
+
+        Returns:
+            The rows of activations/ in their order: sorted by position, then by neuron.
 
         Raises:
-            AnalysisError: it is missing, or its bytes are not those that were written.
+            AnalysisError: the run holds no activations, a file is missing or damaged, or the layer,
+                a neuron or a position is out of range.
         """
-        path = self.directory / name
-        self.check(name)
-        return read_table(path)
-
-    def check(self, name: str) -> None:
-        """Compare a file with the manifest's size and SHA-256."""
-        path = self.directory / name
-        expected = self.manifest["files"].get(name)
-        if expected is None:
-            raise AnalysisError(f"the run {self.name} has no {name}; record it again")
-        if not path.is_file() or file_facts(path) != expected:
-            state = "damaged" if path.is_file() else "missing"
+        self.check_layer(layer)
+        if not self.manifest["raw"]:
             raise AnalysisError(
-                f"{path} is {state}: it is not the file that its manifest.json describes; record "
-                f"the run again with --overwrite"
+                f"the run {self.name} holds no single activations; record it again with "
+                "--activations --overwrite"
             )
+        wanted, blocks = compute.field("layer") == layer, range(self.manifest["blocks"])
+        if neurons is not None:
+            for neuron in neurons:
+                self.check_neuron(neuron)
+            wanted &= compute.field("neuron").isin(pa.array(neurons, pa.int32()))
+        if positions is not None:
+            places = self._places(positions)
+            wanted &= compute.field("position").isin(pa.array(places))
+            blocks = np.unique(places // self.manifest["block_tokens"]).tolist() or [0]
+        paths = (self.tables.check(f"activations/block-{block:06d}") for block in blocks)
+        return pa.concat_tables([read_table(path, filters=wanted) for path in paths])
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer that was not recorded."""
@@ -147,17 +203,20 @@ class Run:
                 f"{self.width - 1}"
             )
 
-    def histogram(self, layer: int) -> Histogram:
-        """Token histograms of one layer."""
-        self.check_layer(layer)
-        table = self.table(f"histograms/layer-{layer:03d}.parquet")
-        neurons, tokens, counts, mass = (column.to_numpy() for column in table.columns)
-        starts = np.searchsorted(neurons, np.arange(self.width + 1))
-        return Histogram(self.width, self.vocab_size, starts, tokens, counts, mass)
+    def _places(self, positions: Sequence[int]) -> np.ndarray:
+        """Return positions as int64; refuse those that the corpus does not have."""
+        places, last = np.asarray(positions, np.int64), self.manifest["corpus"]["tokens"] - 1
+        outside = places[(places < 0) | (places > last)]
+        if len(outside):
+            raise AnalysisError(
+                f"position {outside[0]} is out of range; the run {self.name} has positions 0 to "
+                f"{last}"
+            )
+        return places
 
 
 def check_run_name(name: str) -> None:
-    """Refuse names that would not be one folder."""
+    """Refuse a name that would not be one folder."""
     if not _RUN_NAME.fullmatch(name) or name.startswith("."):
         raise AnalysisError(
             f"a run is named with letters, digits, '.', '_', '-' and '@', got {name!r}"
@@ -165,43 +224,44 @@ def check_run_name(name: str) -> None:
 
 
 def run_directory(study: Path, name: str) -> Path:
-    """Where a run lies."""
+    """Return the folder of a run."""
     check_run_name(name)
     return study / "runs" / name
 
 
 def open_run(study: Path, name: str) -> Run:
-    """A finished run of a study.
+    """Open a finished run of a study.
 
     Raises:
-        AnalysisError: there is none of this name, it is unfinished, or of another format.
+        AnalysisError: no run has this name, or it is unfinished or of another format.
     """
     directory = run_directory(study, name)
-    manifest = directory / "manifest.json"
-    if not manifest.is_file():
+    path = directory / "manifest.json"
+    if not path.is_file():
         if directory.is_dir():
-            raise AnalysisError(f"the run {name} is unfinished; give its record command again")
+            raise AnalysisError(f"the run {name} is unfinished; repeat its record command")
         known = ", ".join(list_runs(study)) or "none"
         raise AnalysisError(f"{study} has no run {name!r}; recorded are: {known}")
-    content = read_json(manifest)
-    if content.get("format_version") != FORMAT_VERSION:
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise AnalysisError(
-            f"{manifest} has format version {content.get('format_version')}, this version reads "
+            f"{path} has format version {manifest.get('format_version')}, this version reads "
             f"{FORMAT_VERSION}; record the run again"
         )
-    return Run(directory, content)
+    tables = RunTables(directory, manifest)
+    return Run(directory=directory, tables=tables, claims=[], parameters=manifest)
 
 
 def list_runs(study: Path) -> list[str]:
-    """Names of the finished runs of a study."""
+    """Return the names of the finished runs of a study."""
     return sorted(path.parent.name for path in (study / "runs").glob("*/manifest.json"))
 
 
 def open_runs(study: Path, names: list[str]) -> list[Run]:
-    """Runs to compare: of one corpus and one vocabulary.
+    """Open runs to compare.
 
     Raises:
-        AnalysisError: one is missing, or they were recorded on different text.
+        AnalysisError: a run is missing, or the runs were recorded on different text.
     """
     runs = [open_run(study, name) for name in names]
     for run in runs[1:]:
@@ -212,32 +272,3 @@ def open_runs(study: Path, names: list[str]) -> list[Run]:
                 "both on the same corpus to compare them"
             )
     return runs
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a study.
-
-    Raises:
-        AnalysisError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{path} is damaged: {error}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def write_claims(study: Path, command: str, claims: list[dict[str, Any]]) -> None:
-    """Write one command's claims, and the study's claims of all commands."""
-    write_json(study / command / "claims.json", claims)
-    collected: list[dict[str, Any]] = []
-    for name in COMMANDS:
-        path = study / name / "claims.json"
-        if path.exists():
-            collected += read_json(path)
-    write_json(study / "claims.json", collected)

@@ -1,40 +1,49 @@
 """Intervals of token entropies over the text: the bootstrap resamples blocks of the corpus.
 
 Resampling with replacement repeats tokens, which lowers an entropy's estimate; the interval is
-therefore the estimate ± z standard deviations of the replicates, and not their percentiles.
+therefore the estimate ± z standard deviations of the replicates, not their percentiles.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topk_megatron.analysis.measures import block_replicates, corrected_entropy, normal_interval
+from topk_megatron.analysis.measures import (
+    Interval,
+    block_replicates,
+    corrected_entropy,
+    normal_interval,
+)
 from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.tables import ALL_LAYERS, interval_columns
+
+if TYPE_CHECKING:
+    from topk_megatron.analysis.entropy.run import EntropyConfig
 
 _RESAMPLES = 100
 _FEWEST_BLOCKS = 8
-_ALL_LAYERS = -1
+_COLUMNS = ("layer", "neuron", "block", "token", "count")
 
 
 @dataclass
 class BlockRows:
-    """Rows of summary.parquet and differences.parquet."""
+    """Rows of entropy/summary.parquet and entropy/differences.parquet."""
 
     summary: list[dict[str, Any]]
     differences: list[dict[str, Any]]
 
 
-def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
-    """Mean token entropy of the sampled neurons of each run over resampled blocks.
+def block_intervals(config: "EntropyConfig", runs: list[Run]) -> BlockRows:
+    """Measure the mean token entropy of each run's sampled neurons over resampled blocks.
 
-    A corpus of fewer than 8 blocks gives none. Runs of equal blocks are resampled alike, so that
-    differences are of the same text.
+    A corpus of fewer than 8 blocks has no such interval. Runs of equal blocks are resampled alike,
+    so that a difference compares the same text.
     """
     found: dict[str, tuple[float, np.ndarray]] = {}
     summary = []
     for run in runs:
-        if run.manifest["blocks"] < _FEWEST_BLOCKS or not run.table("blocks.parquet").num_rows:
+        if run.manifest["blocks"] < _FEWEST_BLOCKS or not run.tables["blocks"].num_rows:
             continue
         value, replicates, neurons = _run_replicates(
             config, run, _weights(config, run.manifest["blocks"])
@@ -46,12 +55,9 @@ def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
                 {
                     "run": run.name,
                     "kind": run.kind,
-                    "layer": _ALL_LAYERS,
+                    "layer": ALL_LAYERS,
                     "measure": "token_entropy",
-                    "neurons": neurons,
-                    "mean": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
+                    **interval_columns(interval),
                     "resampled": "blocks",
                 }
             )
@@ -59,9 +65,9 @@ def block_intervals(config: Any, runs: list[Run]) -> BlockRows:
 
 
 def _differences(
-    config: Any, runs: list[Run], found: dict[str, tuple[float, np.ndarray]]
+    config: "EntropyConfig", runs: list[Run], found: dict[str, tuple[float, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """The first run less each other one of equal blocks: the same text was drawn for both."""
+    """Subtract from the first run each other one of equal blocks: both drew the same text."""
     rows, first = [], runs[0]
     for run in runs[1:]:
         same = run.manifest["block_tokens"] == first.manifest["block_tokens"]
@@ -70,28 +76,37 @@ def _differences(
         (one, resampled), (other, others) = found[first.name], found[run.name]
         interval = normal_interval(one - other, resampled - others, config.confidence, 0)
         rows.append(
-            {
-                "measure": "token_entropy",
-                "layer": _ALL_LAYERS,
-                "run_a": first.name,
-                "run_b": run.name,
-                "resampled": "blocks",
-                "difference": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-            }
+            difference_row("token_entropy", ALL_LAYERS, first.name, run.name, "blocks", interval)
         )
     return rows
 
 
-def _weights(config: Any, blocks: int) -> np.ndarray:
+def difference_row(
+    measure: str, layer: int, run_a: str, run_b: str, resampled: str, interval: Interval
+) -> dict[str, Any]:
+    """Return a row of entropy/differences.parquet."""
+    return {
+        "measure": measure,
+        "layer": layer,
+        "run_a": run_a,
+        "run_b": run_b,
+        "resampled": resampled,
+        "difference": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+    }
+
+
+def _weights(config: "EntropyConfig", blocks: int) -> np.ndarray:
     rng = np.random.default_rng(config.seed)
     return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=_RESAMPLES)
 
 
-def _run_replicates(config: Any, run: Run, weights: np.ndarray) -> tuple[float, np.ndarray, int]:
-    """Mean entropy, its replicates, and the number of neurons."""
-    table = run.table("blocks.parquet")
+def _run_replicates(
+    config: "EntropyConfig", run: Run, weights: np.ndarray
+) -> tuple[float, np.ndarray, int]:
+    """Return the mean entropy, its replicates, and the number of neurons."""
+    table = run.tables["blocks"]
     layer, neuron, block, token, counts = (table[n].to_numpy() for n in _COLUMNS)
     owner = layer.astype(np.int64) * run.width + neuron
     pairs, inverse = np.unique(owner * run.vocab_size + token, return_inverse=True)
@@ -109,6 +124,3 @@ def _run_replicates(config: Any, run: Run, weights: np.ndarray) -> tuple[float, 
     value = mean_entropy(np.bincount(inverse, weights=counts))
     replicates = block_replicates(counts, block, inverse, mean_entropy, weights)
     return value, replicates, int(active.sum())
-
-
-_COLUMNS = ("layer", "neuron", "block", "token", "count")

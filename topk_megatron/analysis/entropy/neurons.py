@@ -1,6 +1,6 @@
-"""Entropies of every neuron of one layer, and of the shuffled control.
+"""Token entropies of every neuron of one layer and of its shuffled control, and telling tokens.
 
-Legend: N neurons, V tokens, E examples of a neuron.
+Legend: N neurons, V tokens, E examples of a neuron, M neurons that have all E examples.
 """
 
 import itertools
@@ -9,24 +9,25 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from topk_megatron.analysis.corpus import join_tokens
+from topk_megatron.analysis.histograms import Histogram
 from topk_megatron.analysis.measures import corrected_entropy, plugin_entropy
-from topk_megatron.analysis.study import Histogram, Run
-from topk_megatron.analysis.text import join_tokens
+from topk_megatron.analysis.study import Run
 
 LISTED_TOKENS = 10
-# Neurons of a layer that the control is drawn for: its mean hardly varies, and drawing is slow.
+# Neurons per layer that the control is drawn for: its mean hardly varies, and drawing is slow.
 CONTROL_NEURONS = 256
 
 
 @dataclass
 class LayerExamples:
-    """Top-N examples of one layer, for the neurons that have all N of them.
+    """The examples of one layer, for the neurons that have all E of them.
 
     Attributes:
-        neurons: int64 [M], the neurons that have N examples.
-        tokens: int32 [M, N].
-        texts: the windows as text, M lists of N.
-        values: float32 [M, N], the activations.
+        neurons: int64 [M], the neurons that have E examples.
+        tokens: int32 [M, E], the tokens on which they fired.
+        texts: the windows as text, M lists of E.
+        values: float32 [M, E], the activations.
     """
 
     neurons: np.ndarray
@@ -35,7 +36,7 @@ class LayerExamples:
     values: np.ndarray
 
     def shuffled(self, rng: np.random.Generator) -> "LayerExamples":
-        """The same examples dealt to neurons at random."""
+        """Deal the same examples to neurons at random."""
         order = rng.permutation(self.tokens.size)
         flat = [text for row in self.texts for text in row]
         mixed = [flat[place] for place in order]
@@ -50,7 +51,16 @@ class LayerExamples:
 
 @dataclass
 class LayerEntropies:
-    """Columns of entropy/neurons.parquet for one run and layer, each [N]; NaN is no number."""
+    """The columns of entropy/neurons.parquet for one run and layer.
+
+    Attributes:
+        run: the run, or ``RUN:shuffled``.
+        kind: the run's kind, or ``shuffled``.
+        layer: the layer.
+        neurons: int64 [N].
+        columns: the columns of numbers by name, each [N]; NaN is a missing number.
+        lists: the columns of lists by name, each N arrays.
+    """
 
     run: str
     kind: str
@@ -83,7 +93,7 @@ def layer_examples(run: Run, layer: int) -> LayerExamples:
 
 
 def token_entropies(run: Run, layer: int, examples: LayerExamples) -> LayerEntropies:
-    """Token entropies of every neuron, and its most frequent and most telling tokens."""
+    """Measure the token entropies of every neuron; list its most frequent and telling tokens."""
     histogram = run.histogram(layer)
     groups, width = histogram.neurons, histogram.width
     found = LayerEntropies(run.name, run.kind, layer, np.arange(width))
@@ -103,7 +113,7 @@ def token_entropies(run: Run, layer: int, examples: LayerExamples) -> LayerEntro
 def control_entropies(
     run: Run, layer: int, examples: LayerExamples, rng: np.random.Generator
 ) -> LayerEntropies:
-    """Entropies if the layer's activations fell on neurons at random, each as often as it does.
+    """Measure the entropies that random tokens would have: the control.
 
     Every neuron gets as many tokens as it has activations, drawn without replacement from the
     tokens of all activations of the layer; examples are dealt at random.
@@ -137,7 +147,7 @@ def control_entropies(
 
 
 def telling_tokens(histogram: Histogram, marginal: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """The most frequent tokens of each neuron, and those that set it apart from the corpus.
+    """Find the most frequent tokens of each neuron, and those that set it apart from the corpus.
 
     A token's part of the divergence from the corpus is p log2(p / q): p its share among the
     neuron's activations, q its share in the corpus; its lift is p / q.
@@ -167,9 +177,14 @@ def telling_tokens(histogram: Histogram, marginal: np.ndarray) -> dict[str, list
 def _top_entropy(examples: LayerExamples, width: int) -> np.ndarray:
     found = np.full(width, np.nan)
     for neuron, tokens in zip(examples.neurons, examples.tokens, strict=True):
-        counts = np.unique(tokens, return_counts=True)[1]
-        found[neuron] = plugin_entropy(counts, np.zeros(len(counts), np.int64), 1)[0]
+        found[neuron] = entropy_of(tokens)
     return found
+
+
+def entropy_of(tokens: np.ndarray) -> float:
+    """Return the plug-in entropy in bits of a list of tokens."""
+    counts = np.unique(tokens, return_counts=True)[1]
+    return float(plugin_entropy(counts, np.zeros(len(counts), np.int64), 1)[0])
 
 
 def _example_counts(run: Run, layer: int) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""What one block of the corpus says about the neurons of one layer.
+"""The part of one block of the corpus in the aggregates of one layer.
 
-A block is a fixed run of whole sequences. Its part of every aggregate is computed from its own
+A block is a fixed number of whole sequences. Its part of every aggregate is computed from its own
 tokens alone and parts are added in the order of the blocks, so that neither interruptions nor the
 number of ranks can change a bit of the result.
 
-Legend: T tokens of the block, K survivors a token, N neurons of the layer, V tokens of the
+Legend: T tokens of the block, K survivors per token, N neurons of the layer, V tokens of the
 vocabulary, E examples, W tokens of a window.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Above this many (neuron, token) pairs a block is counted by sorting and not in a dense table.
+# Above this many (neuron, token) pairs a block is counted by sorting instead of in a dense table.
 DENSE_PAIRS = 1 << 24
 _WINDOW_CHUNK = 4096
 
@@ -26,7 +26,7 @@ class BlockText:
         tokens: int64 [T].
         documents: int32 [T].
         first: position of the block's first token in the corpus.
-        seq_length: tokens of a sequence; the last one may be shorter.
+        seq_length: tokens per sequence; the last sequence may be shorter.
     """
 
     tokens: np.ndarray
@@ -37,7 +37,16 @@ class BlockText:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is kept: neurons N, vocabulary V, examples a neuron, window before and after."""
+    """The sizes of what is counted and kept.
+
+    Attributes:
+        width: neurons N.
+        vocab_size: tokens V.
+        top_n: examples kept per neuron.
+        before: tokens of a window before the example.
+        after: tokens of a window after it.
+        mode: ``value`` or ``abs``, by which examples are ranked.
+    """
 
     width: int
     vocab_size: int
@@ -47,13 +56,30 @@ class Sizes:
     mode: str
 
 
+def aggregates(
+    neurons_TK: np.ndarray, values_TK: np.ndarray, text: BlockText, sizes: Sizes
+) -> dict[str, np.ndarray]:
+    """Return the block's part of every aggregate of a layer, by its name in the part's file.
+
+    The names are those of `histogram`, ``moments/`` those of `moments`, and ``top/`` those of
+    `top_examples`.
+    """
+    moment = moments(neurons_TK, values_TK, sizes.width)
+    top = top_examples(neurons_TK, values_TK, text, sizes)
+    return {
+        **histogram(neurons_TK, values_TK, text.tokens, sizes),
+        **{f"moments/{name}": array for name, array in moment.items()},
+        **{f"top/{name}": array for name, array in top.items()},
+    }
+
+
 def histogram(
     neurons_TK: np.ndarray, values_TK: np.ndarray, tokens_T: np.ndarray, sizes: Sizes
 ) -> dict[str, np.ndarray]:
-    """Activations and mass of every (neuron, token) pair that occurs.
+    """Count the activations and add the mass of every (neuron, token) pair that occurs.
 
     Returns:
-        keys: int64, ``neuron * V + token``, ascending; counts: int32; mass: float64.
+        keys int64 (``neuron * V + token``, ascending), counts int32 and mass float64.
     """
     keys = neurons_TK.astype(np.int64)
     keys *= sizes.vocab_size
@@ -75,7 +101,7 @@ def histogram(
 
 
 def moments(neurons_TK: np.ndarray, values_TK: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """Count, sum, sum of squares (float64), largest and smallest value of every neuron [N]."""
+    """Return count, sum, sum of squares (float64), max and min (float32) of every neuron [N]."""
     neurons, values = neurons_TK.ravel().astype(np.int64), values_TK.ravel()
     if not values.all():
         kept = values != 0
@@ -99,10 +125,10 @@ def strongest(
 ) -> tuple[np.ndarray, ...]:
     """Keep the top_n strongest entries of every neuron, sorted by neuron and rank.
 
-    Entries of one neuron must come in the order of their positions: equal strengths keep it.
+    Entries of one neuron must come in the order of their positions, which equal strengths keep.
 
     Returns:
-        neurons, strengths and the other arrays, cut to the entries that are kept.
+        neurons, strengths and the other arrays, with only the entries that are kept.
     """
     order = np.lexsort((-strengths, neurons))
     ordered = neurons[order]
@@ -114,18 +140,18 @@ def strongest(
 def top_examples(
     neurons_TK: np.ndarray, values_TK: np.ndarray, text: BlockText, sizes: Sizes
 ) -> dict[str, np.ndarray]:
-    """The top_n strongest activations of every neuron in the block, with their windows.
+    """Find the top_n strongest activations of every neuron in the block, with their windows.
 
     Returns:
-        neuron, value, position, document, token, target [E]; context int32 [E, W] with -1 where
-        the window ends early; values float32 [E, W].
+        neuron, value, position, document and token [E]; context int32 [E, W] with -1 where the
+        window ends early; values float32 [E, W].
     """
     num_tokens, k = neurons_TK.shape
     neurons = np.zeros(0, np.int64)
     strengths = np.zeros(0, np.float32)
     rows = np.zeros(0, np.int64)
     threshold = np.full(sizes.width, -np.inf, dtype=np.float32)
-    # The thresholds of a short beginning let few candidates through in the long rest.
+    # Thresholds from a short beginning leave few candidates in the long rest.
     edges = [0, *(num_tokens // part for part in (64, 16, 4) if num_tokens // part), num_tokens]
     for begin, end in itertools.pairwise(edges):
         new = neurons_TK[begin:end].ravel().astype(np.int64)

@@ -1,10 +1,9 @@
-"""Adds up the parts of all blocks, layer by layer and in the order of the blocks.
+"""Adds the parts of all blocks, in their order and layer by layer, and writes the run's tables.
 
-Memory holds a table of (neuron, token) pairs for as many neurons as fit `_PAIRS`, and the parts of
-one block at a time.
+Memory holds a table of (neuron, token) pairs for as many neurons as fit into `_PAIRS`, and the part
+of one block at a time.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,52 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis import tables
-from topk_megatron.analysis.corpus import Corpus
+from topk_megatron.analysis.corpus import Corpus, token_texts
 from topk_megatron.analysis.record import parts
 from topk_megatron.analysis.record.block import Sizes, strongest
-from topk_megatron.analysis.text import token_texts
+from topk_megatron.analysis.tables import read_table, write_parts, write_table
 
-# Entries of the dense table of counts (8 bytes) and mass (8 bytes).
+VOCABULARY = pa.schema([("token", pa.int32()), ("text", pa.string()), ("count", pa.int64())])
+NEURONS = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("count", pa.int64()),
+        ("mass", pa.float64()),
+        ("sum", pa.float64()),
+        ("sum_squares", pa.float64()),
+        ("max", pa.float32()),
+        ("min", pa.float32()),
+    ]
+)
+HISTOGRAM = pa.schema(
+    [("neuron", pa.int32()), ("token", pa.int32()), ("count", pa.int64()), ("mass", pa.float64())]
+)
+EXAMPLES = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("rank", pa.int16()),
+        ("value", pa.float32()),
+        ("position", pa.int64()),
+        ("document", pa.int32()),
+        ("token", pa.int32()),
+        ("context", pa.list_(pa.int32())),
+        ("target", pa.int16()),
+        ("values", pa.list_(pa.float32())),
+    ]
+)
+BLOCKS = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("neuron", pa.int32()),
+        ("block", pa.int32()),
+        ("token", pa.int32()),
+        ("count", pa.int64()),
+        ("mass", pa.float64()),
+    ]
+)
+# Entries of the dense tables of counts and mass, 8 bytes each.
 _PAIRS = 1 << 24
 _ROW_GROUP = 1 << 18
 _TOP = ("neuron", "value", "position", "document", "token", "context", "values")
@@ -28,48 +66,43 @@ _MOMENTS = ("count", "sum", "sum_squares", "max", "min")
 def merge_layer(directory: Path, plan: dict[str, Any], layer: int, sizes: Sizes) -> None:
     """Write the histograms, moments, examples and block histograms of one layer.
 
-    The last three go to ``parts/``, from where `merge_run` puts all layers into one file each.
+    The last three go to ``parts/``; `merge_run` makes one file of all layers from each.
     """
     paths = [parts.part_path(directory, block) for block in range(plan["blocks"])]
     mass = np.zeros(sizes.width)
     target = directory / "histograms" / f"layer-{layer:03d}.parquet"
-    tables.write_parts(target, tables.HISTOGRAM, _histograms(paths, layer, sizes, mass))
+    write_parts(target, HISTOGRAM, _histograms(paths, layer, sizes, mass))
     aside = directory / "parts"
-    tables.write_table(aside / f"neurons-{layer:03d}.parquet", _neurons(paths, layer, sizes, mass))
-    tables.write_table(aside / f"examples-{layer:03d}.parquet", _examples(paths, layer, sizes))
+    write_table(aside / f"neurons-{layer:03d}.parquet", _neurons(paths, layer, sizes, mass))
+    write_table(aside / f"examples-{layer:03d}.parquet", _examples(paths, layer, sizes))
     chosen = np.random.default_rng([layer, 0]).permutation(sizes.width)[: plan["bootstrap_neurons"]]
-    tables.write_parts(
+    write_parts(
         aside / f"blocks-{layer:03d}.parquet",
-        tables.BLOCKS,
+        BLOCKS,
         _blocks(paths, layer, sizes, np.sort(chosen)),
     )
 
 
 def merge_run(directory: Path, plan: dict[str, Any], tokenizer: Any, corpus: Corpus) -> None:
-    """Put the layers' tables together and write the vocabulary."""
-    kinds = (("neurons", tables.NEURONS), ("examples", tables.EXAMPLES), ("blocks", tables.BLOCKS))
+    """Join the tables of all layers, and write the vocabulary."""
+    kinds = (("neurons", NEURONS), ("examples", EXAMPLES), ("blocks", BLOCKS))
     for name, schema in kinds:
         files = [directory / "parts" / f"{name}-{layer:03d}.parquet" for layer in plan["layers"]]
-        layers = (tables.read_table(file) for file in files)
-        tables.write_parts(directory / f"{name}.parquet", schema, layers)
+        layers = (read_table(file) for file in files)
+        write_parts(directory / f"{name}.parquet", schema, layers)
     vocab_size = plan["model"]["vocab_size"]
     columns = [
         np.arange(vocab_size, dtype=np.int32),
         token_texts(tokenizer, vocab_size),
         corpus.counts(vocab_size),
     ]
-    tables.write_table(
-        directory / "vocabulary.parquet", pa.table(columns, schema=tables.VOCABULARY)
-    )
-    if not plan["raw"]:
-        for name in ("activations", "tokens"):
-            shutil.rmtree(directory / name, ignore_errors=True)
+    write_table(directory / "vocabulary.parquet", pa.table(columns, schema=VOCABULARY))
 
 
 def _histograms(
     paths: list[Path], layer: int, sizes: Sizes, mass_of: np.ndarray
 ) -> Iterator[pa.Table]:
-    """Row groups of whole neurons; fills `mass_of` [N] on the way."""
+    """Yield row groups of whole neurons; fill `mass_of` [N] on the way."""
     vocab = sizes.vocab_size
     step = max(1, _PAIRS // vocab)
     for begin in range(0, sizes.width, step):
@@ -95,9 +128,9 @@ def _whole_neurons(columns: list[np.ndarray], neurons: np.ndarray) -> Iterator[p
         end = min(begin + _ROW_GROUP, len(neurons))
         if end < len(neurons):
             cut = int(np.searchsorted(neurons, neurons[end]))
-            # A neuron with more tokens than a row group gets a longer one of its own.
+            # A neuron with more tokens than fit into a row group gets a longer one of its own.
             end = cut if cut > begin else int(np.searchsorted(neurons, neurons[end], "right"))
-        yield pa.table([column[begin:end] for column in columns], schema=tables.HISTOGRAM)
+        yield pa.table([column[begin:end] for column in columns], schema=HISTOGRAM)
         begin = end
 
 
@@ -120,7 +153,7 @@ def _neurons(paths: list[Path], layer: int, sizes: Sizes, mass: np.ndarray) -> p
         *(count, mass, sums, squares),
         *(pa.array(extreme, mask=silent) for extreme in (largest, smallest)),
     ]
-    return pa.table(columns, schema=tables.NEURONS)
+    return pa.table(columns, schema=NEURONS)
 
 
 def _examples(paths: list[Path], layer: int, sizes: Sizes) -> pa.Table:
@@ -155,7 +188,7 @@ def _example_table(best: dict[str, np.ndarray], layer: int, sizes: Sizes) -> pa.
         inside[:, : sizes.before].sum(axis=1).astype(np.int16),
         values,
     ]
-    return pa.table(columns, schema=tables.EXAMPLES)
+    return pa.table(columns, schema=EXAMPLES)
 
 
 def _blocks(paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray) -> Iterator[pa.Table]:
@@ -177,4 +210,4 @@ def _blocks(paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray) -> 
     order = np.lexsort((columns[1], columns[0]))
     sorted_columns = [column[order] for column in columns]
     layers = np.full(len(order), layer, np.int16)
-    yield pa.table([layers, *sorted_columns], schema=tables.BLOCKS)
+    yield pa.table([layers, *sorted_columns], schema=BLOCKS)

@@ -1,4 +1,7 @@
-"""Files of a run that is under way: the aggregates of one block, and its activations."""
+"""Files that each block writes: its part of the aggregates, and its single activations.
+
+Legend: T tokens of the block, K survivors per token.
+"""
 
 import contextlib
 import zipfile
@@ -8,25 +11,42 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis import tables
+from topk_megatron.analysis.record.block import BlockText
+from topk_megatron.analysis.tables import write_parts, write_table
 from topk_megatron.errors import AnalysisError
 from topk_megatron.files import replacing
 
 _DAMAGE = (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, zlib.error)
+ACTIVATIONS = pa.schema(
+    [
+        ("run", pa.dictionary(pa.int32(), pa.string())),
+        ("layer", pa.int16()),
+        ("position", pa.int64()),
+        ("document", pa.int32()),
+        ("neuron", pa.int32()),
+        ("value", pa.float32()),
+    ]
+)
+TOKENS = pa.schema([("position", pa.int64()), ("document", pa.int32()), ("token", pa.int32())])
 
 
 def part_path(directory: Path, block: int) -> Path:
-    """Where the aggregates of a block lie until all are merged."""
+    """Return where the aggregates of a block are until all blocks are merged."""
     return directory / "parts" / f"block-{block:06d}.npz"
 
 
 def is_whole(path: Path) -> bool:
-    """A part that a killed run left behind can be used."""
+    """Return whether a part is there and was written to its end."""
     if not path.exists():
         return False
     with contextlib.suppress(*_DAMAGE), zipfile.ZipFile(path) as archive:
         return archive.testzip() is None
     return False
+
+
+def prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays under the names ``PREFIX/NAME``."""
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -36,7 +56,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read(path: Path, layer: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Some arrays of one layer of a part.
+    """Read some arrays of one layer from a part.
 
     Raises:
         AnalysisError: the part is damaged.
@@ -46,31 +66,35 @@ def read(path: Path, layer: int, names: tuple[str, ...]) -> dict[str, np.ndarray
             return {name: archive[f"{layer}/{name}"] for name in names}
     except _DAMAGE as error:
         raise AnalysisError(
-            f"{path} is damaged ({error}); delete it and give the command again: the other blocks "
+            f"{path} is damaged ({error}); delete it and repeat the command: the other blocks "
             "are kept"
         ) from error
 
 
 def write_activations(
-    path: Path,
+    directory: Path,
+    block: int,
     run: str,
-    positions: np.ndarray,
-    documents: np.ndarray,
+    text: BlockText,
     states: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Write one block's activations, a row group a layer.
+    """Write one block's activations, one row group per layer, and its tokens.
 
     Args:
-        path: the Parquet file.
+        directory: the run's folder.
+        block: the block's number.
         run: name of the run.
-        positions: int64 [T].
-        documents: int32 [T].
+        text: the block's tokens.
         states: by layer, values float32 [T, K] and neurons [T, K].
     """
-    tables.write_parts(
-        path,
-        tables.ACTIVATIONS,
-        (_layer(run, layer, positions, documents, *pair) for layer, pair in states.items()),
+    name = f"block-{block:06d}.parquet"
+    positions = text.first + np.arange(len(text.tokens))
+    columns = [positions, text.documents, text.tokens.astype(np.int32)]
+    write_table(directory / "tokens" / name, pa.table(columns, schema=TOKENS))
+    write_parts(
+        directory / "activations" / name,
+        ACTIVATIONS,
+        (_layer(run, layer, positions, text.documents, *pair) for layer, pair in states.items()),
         use_dictionary=["run"],
         column_encoding={
             "layer": "DELTA_BINARY_PACKED",
@@ -100,4 +124,4 @@ def _layer(
     rows = len(columns[0])
     names = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array([run]))
     layers = np.full(rows, layer, np.int16)
-    return pa.table([names, layers, *columns], schema=tables.ACTIVATIONS)
+    return pa.table([names, layers, *columns], schema=ACTIVATIONS)

@@ -1,84 +1,69 @@
 """`record`: run a model over a corpus and keep what its neurons did.
 
-The corpus is cut into blocks. A block's activations and its part of every aggregate are written
-when the block is done and read again in `merge`; memory holds one block. After a kill the blocks
-that are on disk are not done again. Ranks take blocks in turn.
+The corpus is cut into blocks. A block's part of every aggregate, and its activations if they are
+wanted, are written when the block is done; `merge` adds the parts up. Memory holds one block. After
+a kill, blocks that are on disk are not computed again. Ranks take blocks in turn.
+
+Legend: T tokens of a block, K survivors per token.
 """
 
+import datetime
+import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
+import torch.distributed as dist
 
-from topk_megatron.analysis import tables
 from topk_megatron.analysis.corpus import Corpus, check_tokenizer
 from topk_megatron.analysis.record import parts
-from topk_megatron.analysis.record.block import BlockText, Sizes, histogram, moments, top_examples
+from topk_megatron.analysis.record.block import BlockText, Sizes, aggregates
 from topk_megatron.analysis.record.merge import merge_layer, merge_run
-from topk_megatron.analysis.record.ranks import Ranks
+from topk_megatron.analysis.record.plan import RecordConfig, check_same, make_plan
 from topk_megatron.analysis.sources import ActivationSource
-from topk_megatron.analysis.study import (
-    FORMAT_VERSION,
-    Run,
-    open_run,
-    read_json,
-    run_directory,
-    write_json,
-)
+from topk_megatron.analysis.study import Run, open_run, read_json, run_directory
 from topk_megatron.errors import AnalysisError
-from topk_megatron.files import file_facts, remove_partial
-
-# Tokens of a forward pass: enough to keep a CPU's matrix products busy.
-_BATCH_TOKENS = 4096
+from topk_megatron.files import file_facts, remove_partial, write_json
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordConfig:
-    """What to keep, and where.
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that run the same command together.
 
     Attributes:
-        study: the study directory.
-        run: name of the run in it.
-        seq_length: tokens of a sequence; None takes the model's number of positions.
-        batch_size: sequences of a forward pass; None takes about 4096 tokens.
-        block_tokens: tokens of a block, cut down to whole sequences.
-        top_n: examples kept of every neuron.
-        before: tokens of an example's window before the neuron fired.
-        after: tokens of it afterwards.
-        raw: also write every activation.
-        bootstrap_neurons: neurons of each layer whose histograms are kept by block.
-        overwrite: replace a run of this name.
+        rank: the number of this process.
+        world: how many there are.
     """
 
-    study: Path
-    run: str
-    seq_length: int | None = None
-    batch_size: int | None = None
-    block_tokens: int = 16384
-    top_n: int = 20
-    before: int = 16
-    after: int = 8
-    raw: bool = True
-    bootstrap_neurons: int = 32
-    overwrite: bool = False
+    rank: int = 0
+    world: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("seq_length", "batch_size", "block_tokens", "top_n"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                flag = name.replace("_", "-")
-                raise AnalysisError(f"--{flag} must be at least 1, got {number}")
-        for name in ("before", "after"):
-            if getattr(self, name) < 0:
-                raise AnalysisError(
-                    f"--context-{name} must be at least 0, got {getattr(self, name)}"
-                )
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def largest(self, seconds: float) -> float:
+        """Return the largest number of all ranks."""
+        if self.world == 1:
+            return seconds
+        numbers: list[float | None] = [None] * self.world
+        dist.all_gather_object(numbers, seconds)
+        return max(number for number in numbers if number is not None)
+
+
+def join_ranks() -> Ranks:
+    """Join the ranks that torchrun started; a process on its own is rank 0 of 1."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        # A rank may finish its blocks hours before another.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return Ranks(dist.get_rank(), world)
 
 
 def record(
@@ -88,21 +73,21 @@ def record(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Run:
-    """Record `source` on `corpus`; resumes what an earlier call began.
+    """Record `source` on `corpus`, or resume what an earlier call started.
 
     Args:
         source: the model.
         corpus: the text.
         config: what to keep.
         ranks: the ranks that share the work; None is this process alone.
-        progress: called with tokens done and tokens in all, of this rank.
+        progress: called with the blocks that this rank has done, and those that it has in all.
 
     Returns:
-        The finished run.
+        The finished run: a `Result` whose tables are in the study already.
 
     Raises:
-        DataError: a corpus that does not fit the model.
-        AnalysisError: a run of this name that was made otherwise, or states that hold NaN.
+        DataError: the corpus does not fit the model.
+        AnalysisError: a run of this name has other settings, or the model computes NaN.
     """
     ranks = ranks or Ranks()
     check_tokenizer(corpus, source.folder.path, source.folder.vocab_size)
@@ -110,7 +95,7 @@ def record(
     if not recorder.begin(ranks):
         return open_run(config.study, config.run)
     started = time.perf_counter()
-    mine = range(ranks.rank, recorder.num_blocks, ranks.world)
+    mine = range(ranks.rank, recorder.plan["blocks"], ranks.world)
     recorded = 0
     for place, block in enumerate(mine, start=1):
         recorded += recorder.block(block)
@@ -128,30 +113,12 @@ def record(
     return open_run(config.study, config.run)
 
 
-def _without_paths(plan: dict[str, Any]) -> dict[str, Any]:
-    named = {name: dict(plan.get(name) or {}) for name in ("model", "corpus")}
-    for entry in named.values():
-        entry.pop("path", None)
-    return {**plan, **named}
-
-
-def _prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"{prefix}/{name}": array for name, array in arrays.items()}
-
-
 class _Recorder:
     def __init__(self, source: ActivationSource, corpus: Corpus, config: RecordConfig) -> None:
         self.source, self.corpus, self.config = source, corpus, config
         self.directory = run_directory(config.study, config.run)
-        self.seq_length = config.seq_length or source.folder.max_length
-        if self.seq_length > source.folder.max_length:
-            raise AnalysisError(
-                f"--seq-length {self.seq_length} is more than the {source.folder.max_length} "
-                f"positions of the model in {source.folder.path}"
-            )
-        self.batch = config.batch_size or max(1, _BATCH_TOKENS // self.seq_length)
-        self.block_tokens = max(1, config.block_tokens // self.seq_length) * self.seq_length
-        self.num_blocks = -(-len(corpus.tokens) // self.block_tokens)
+        self.plan = make_plan(source, corpus, config)
+        self.seq_length: int = self.plan["corpus"]["seq_length"]
         self.sizes = Sizes(
             source.width,
             source.folder.vocab_size,
@@ -160,41 +127,9 @@ class _Recorder:
             config.after,
             source.mode,
         )
-        self.plan = self._plan()
-
-    def _plan(self) -> dict[str, Any]:
-        """The manifest without its files: all that decides what is written."""
-        source, corpus, config = self.source, self.corpus, self.config
-        return {
-            "format_version": FORMAT_VERSION,
-            "run": config.run,
-            "kind": source.kind,
-            "model": source.folder.describe(),
-            "sae": source.sae,
-            "layers": list(source.layers),
-            "width": source.width,
-            "k": source.k,
-            "mode": source.mode,
-            "corpus": {
-                "path": corpus.path,
-                "kind": corpus.kind,
-                "tokens": len(corpus.tokens),
-                "documents": len(corpus.starts) - 1,
-                "seq_length": self.seq_length,
-                "fingerprint": corpus.fingerprint(),
-            },
-            "top_n": config.top_n,
-            "context_before": config.before,
-            "context_after": config.after,
-            "block_tokens": self.block_tokens,
-            "blocks": self.num_blocks,
-            "batch_size": self.batch,
-            "bootstrap_neurons": config.bootstrap_neurons,
-            "raw": config.raw,
-        }
 
     def begin(self, ranks: Ranks) -> bool:
-        """Make the directory ready; False if the very same run is there already."""
+        """Prepare the directory; return False if this very run is finished already."""
         manifest, plan = self.directory / "manifest.json", self.directory / "parts" / "plan.json"
         ranks.barrier()
         if self.config.overwrite:
@@ -204,10 +139,10 @@ class _Recorder:
         if manifest.exists():
             before = read_json(manifest)
             before.pop("files", None)
-            self._check_same(before)
+            check_same(before, self.plan)
             return False
         if plan.exists():
-            self._check_same(read_json(plan))
+            check_same(read_json(plan), self.plan)
         elif ranks.rank == 0:
             write_json(plan, self.plan)
         if ranks.rank == 0:
@@ -215,42 +150,27 @@ class _Recorder:
         ranks.barrier()
         return True
 
-    def _check_same(self, before: dict[str, Any]) -> None:
-        # Where model and text lie does not matter: their fingerprints are compared.
-        one, other = (_without_paths(plan) for plan in (before, self.plan))
-        different = [name for name in other if one.get(name) != other[name]]
-        if different:
-            raise AnalysisError(
-                f"the run {self.config.run} was begun with another {', '.join(different)}; choose "
-                "another --name, or give --overwrite to replace it"
-            )
-
     def block(self, number: int) -> int:
-        """Record one block unless it is on disk; returns the tokens that were read."""
+        """Record one block unless it is on disk; return how many tokens the model read."""
         part = parts.part_path(self.directory, number)
         if parts.is_whole(part):
             return 0
-        first = number * self.block_tokens
-        last = min(first + self.block_tokens, len(self.corpus.tokens))
+        first = number * self.plan["block_tokens"]
+        last = min(first + self.plan["block_tokens"], len(self.corpus.tokens))
         tokens = self.corpus.sequences(first, last, self.seq_length)
         documents = self.corpus.documents_of(np.arange(first, last))
         text = BlockText(tokens, documents, first, self.seq_length)
         states = self._states(tokens)
         if self.config.raw:
-            self._write_raw(number, text, states)
+            parts.write_activations(self.directory, number, self.config.run, text, states)
         arrays: dict[str, np.ndarray] = {}
         for layer, (values, neurons) in states.items():
-            found = {
-                **histogram(neurons, values, tokens, self.sizes),
-                **_prefixed("moments", moments(neurons, values, self.sizes.width)),
-                **_prefixed("top", top_examples(neurons, values, text, self.sizes)),
-            }
-            arrays |= _prefixed(str(layer), found)
+            arrays |= parts.prefixed(str(layer), aggregates(neurons, values, text, self.sizes))
         parts.write(part, arrays)
         return last - first
 
     def _states(self, tokens: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Values float32 and neurons [T, K] of every layer."""
+        """Return the values float32 and the neurons, both [T, K], of every layer."""
         source, length = self.source, self.seq_length
         k = min(source.k, source.width)
         kind = np.uint8 if source.width <= 1 << 8 else np.int32
@@ -261,7 +181,8 @@ class _Recorder:
         whole = len(tokens) // length * length
         begin = 0
         while begin < len(tokens):
-            end = min(begin + self.batch * length, whole) if begin < whole else len(tokens)
+            step = self.plan["batch_size"] * length
+            end = min(begin + step, whole) if begin < whole else len(tokens)
             batch = torch.from_numpy(tokens[begin:end].reshape(-1, min(length, end - begin)))
             for layer, pair in source.states(batch.to(source.folder.device)).items():
                 for target, tensor in zip(found[layer], pair, strict=True):
@@ -270,26 +191,10 @@ class _Recorder:
         for layer, (values, _) in found.items():
             if np.isnan(values).any():
                 raise AnalysisError(
-                    f"layer {layer} of {source.folder.path} gives NaN on this text; the model is "
-                    "broken"
+                    f"layer {layer} of {source.folder.path} computes NaN on this text; the model "
+                    "is broken, so record another checkpoint"
                 )
         return found
-
-    def _write_raw(self, number: int, text: BlockText, states: dict[int, Any]) -> None:
-        positions = text.first + np.arange(len(text.tokens))
-        tables.write_table(
-            self.directory / "tokens" / f"block-{number:06d}.parquet",
-            pa.table(
-                [positions, text.documents, text.tokens.astype(np.int32)], schema=tables.TOKENS
-            ),
-        )
-        parts.write_activations(
-            self.directory / "activations" / f"block-{number:06d}.parquet",
-            self.config.run,
-            positions,
-            text.documents,
-            states,
-        )
 
     def finish(self, seconds: float, recorded: int, ranks: Ranks) -> None:
         """Write speed.json and, last, the manifest; remove the parts."""

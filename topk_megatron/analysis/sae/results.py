@@ -1,23 +1,32 @@
-"""`sae`: the post-hoc baseline, and how stable its latents are beside a TopK LM's neurons.
+"""The result of `sae`: how stable SAE latents are, compared with a TopK LM's neurons.
 
 Two SAEs that differ in their seed see the same hidden states in another order. A latent of one is
-matched to the latent of the other whose token distribution is nearest, the same as neurons of two
-checkpoints of a TopK LM are; decoder directions are compared besides, where there are decoders.
+matched to the latent of the other with the nearest token distribution, as neurons of two
+checkpoints of a TopK LM are; decoder directions are compared too, where there are decoders.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis.claims import claim, row
-from topk_megatron.analysis.matching import match_neurons
+from topk_megatron.analysis.histograms import match_neurons
 from topk_megatron.analysis.measures import difference_interval, mean_interval
-from topk_megatron.analysis.study import Run, write_claims, write_json
-from topk_megatron.analysis.tables import write_table
-from topk_megatron.analysis.track.run import nullable
+from topk_megatron.analysis.result import Claim, Result, claim, row
+from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.tables import ALL_LAYERS, INTERVAL, interval_columns, nullable
+
+_SUMMARY = pa.schema(
+    [
+        ("comparison", pa.string()),
+        ("layer", pa.int16()),
+        ("a", pa.string()),
+        ("b", pa.string()),
+        ("measure", pa.string()),
+        *INTERVAL,
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +34,26 @@ class MatchConfig:
     """When two neurons are the same.
 
     Attributes:
-        study: the study directory.
         min_count: activations that a neuron needs.
         threshold: least affinity, and least cosine of decoder directions.
         bootstrap: resamples of an interval.
-        seed: of the resampling.
+        seed: the seed of the resampling.
     """
 
-    study: Path
     min_count: int = 50
     threshold: float = 0.7
     bootstrap: int = 1000
     seed: int = 0
 
 
-# Columns of sae/matches.parquet of one layer and comparison, and which neurons count.
+# The columns of sae/matches.parquet for one layer and comparison, and which neurons are active.
 Columns = dict[str, np.ndarray]
 
 
 def match_layer(
     config: MatchConfig, one: Run, other: Run, layer: int, decoders: tuple[Any, Any] | None
 ) -> Columns:
-    """Match the neurons of a layer of two runs; decoders [N, H] where they are SAEs."""
+    """Match the neurons of a layer of two runs; SAEs also have their decoders [N, H] compared."""
     first, second = one.histogram(layer), other.histogram(layer)
     found = match_neurons(first, second)
     cosine = np.full(first.width, np.nan)
@@ -65,52 +72,52 @@ def match_layer(
     }
 
 
-def write_matches(
+def sae(
     config: MatchConfig,
     comparisons: dict[str, tuple[Run, Run]],
     decoders: dict[int, tuple[Any, Any]],
     facts: dict[str, Any],
-) -> None:
-    """Match, and write matches.parquet, summary.parquet and the claims.
+) -> Result:
+    """Match the neurons of pairs of runs.
 
     Args:
         config: when neurons match.
         comparisons: by name (``sae_seeds``, ``topk_checkpoints``), two runs.
         decoders: by layer, the decoders [N, H] of the two SAEs.
-        facts: what parameters.json also says.
+        facts: further entries of the parameters.
+
+    Returns:
+        The tables matches and summary; `baseline` has written training and quality.
     """
-    directory = config.study / "sae"
-    tables, summary = [], []
+    matches, summary = [], []
     shares: dict[str, np.ndarray] = {}
     for name, (one, other) in comparisons.items():
-        layers = [layer for layer in one.layers if layer in other.layers]
-        found = {
-            layer: match_layer(
-                config, one, other, layer, decoders.get(layer) if name == "sae_seeds" else None
-            )
-            for layer in layers
-        }
-        tables += [_table(name, one, other, layer, columns) for layer, columns in found.items()]
-        groups = {**{layer: [columns] for layer, columns in found.items()}, -1: [*found.values()]}
-        for layer, parts in groups.items():
-            for measure, values in _measures(config, parts).items():
-                summary += _summary_row(config, name, layer, one, other, measure, values)
-                if layer == -1 and measure == "matched_share":
-                    shares[name] = values
-    write_table(directory / "matches.parquet", pa.concat_tables(tables))
-    write_table(directory / "summary.parquet", pa.Table.from_pylist(summary, _SUMMARY))
-    write_claims(config.study, "sae", [_claim(config, shares)])
-    write_json(
-        directory / "parameters.json",
-        {
-            "comparisons": {n: [a.name, b.name] for n, (a, b) in comparisons.items()},
-            "min_count": config.min_count,
-            "threshold": config.threshold,
-            "bootstrap": config.bootstrap,
-            "seed": config.seed,
-            **facts,
-        },
-    )
+        found = _match_runs(config, one, other, decoders if name == "sae_seeds" else {})
+        matches += [_table(name, one, other, layer, columns) for layer, columns in found.items()]
+        where = {"comparison": name, "a": one.name, "b": other.name}
+        summary += _summary(config, where, found)
+        shares[name] = _measures(config, [*found.values()])["matched_share"]
+    parameters = {
+        "comparisons": {n: [a.name, b.name] for n, (a, b) in comparisons.items()},
+        "min_count": config.min_count,
+        "threshold": config.threshold,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        **facts,
+    }
+    tables = {
+        "matches": pa.concat_tables(matches),
+        "summary": pa.Table.from_pylist(summary, _SUMMARY),
+    }
+    return Result(tables=tables, claims=[_claim(config, shares)], parameters=parameters)
+
+
+def _match_runs(
+    config: MatchConfig, one: Run, other: Run, decoders: dict[int, tuple[Any, Any]]
+) -> dict[int, Columns]:
+    """Match the layers that both runs have."""
+    shared = [layer for layer in one.layers if layer in other.layers]
+    return {layer: match_layer(config, one, other, layer, decoders.get(layer)) for layer in shared}
 
 
 def _measures(config: MatchConfig, parts: list[Columns]) -> dict[str, np.ndarray]:
@@ -127,31 +134,18 @@ def _measures(config: MatchConfig, parts: list[Columns]) -> dict[str, np.ndarray
     }
 
 
-def _summary_row(
-    config: MatchConfig,
-    name: str,
-    layer: int,
-    one: Run,
-    other: Run,
-    measure: str,
-    values: np.ndarray,
+def _summary(
+    config: MatchConfig, where: dict[str, Any], found: dict[int, Columns]
 ) -> list[dict[str, Any]]:
-    interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
-    if interval is None:
-        return []
-    return [
-        {
-            "comparison": name,
-            "layer": layer,
-            "a": one.name,
-            "b": other.name,
-            "measure": measure,
-            "neurons": interval.n,
-            "mean": interval.value,
-            "low": interval.low,
-            "high": interval.high,
-        }
-    ]
+    rows = []
+    groups = {layer: [columns] for layer, columns in found.items()}
+    for layer, parts in {**groups, ALL_LAYERS: [*found.values()]}.items():
+        for measure, values in _measures(config, parts).items():
+            interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
+            if interval is not None:
+                named = {**where, "layer": layer, "measure": measure}
+                rows.append({**named, **interval_columns(interval)})
+    return rows
 
 
 def _table(name: str, one: Run, other: Run, layer: int, columns: Columns) -> pa.Table:
@@ -173,22 +167,7 @@ def _table(name: str, one: Run, other: Run, layer: int, columns: Columns) -> pa.
     )
 
 
-_SUMMARY = pa.schema(
-    [
-        ("comparison", pa.string()),
-        ("layer", pa.int16()),
-        ("a", pa.string()),
-        ("b", pa.string()),
-        ("measure", pa.string()),
-        ("neurons", pa.int64()),
-        ("mean", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-    ]
-)
-
-
-def _claim(config: MatchConfig, shares: dict[str, np.ndarray]) -> dict[str, Any]:
+def _claim(config: MatchConfig, shares: dict[str, np.ndarray]) -> Claim:
     options: dict[str, Any] = {"resamples": config.bootstrap, "seed": config.seed}
     names = {
         "topk_checkpoints": "TopK neurons, two checkpoints",

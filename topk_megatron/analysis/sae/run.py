@@ -1,4 +1,8 @@
-"""Trains and records the SAEs of both seeds; what is there already is kept."""
+"""Trains and records the SAEs of both seeds, except those that are there already.
+
+Training takes long, so it writes its own tables and SAEs when it is done, as recordings do; a
+command that was interrupted afterwards does not train again.
+"""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -8,14 +12,24 @@ import pyarrow as pa
 
 from topk_megatron.analysis.corpus import Corpus, check_tokenizer, open_corpus
 from topk_megatron.analysis.folder import Folder, open_folder
-from topk_megatron.analysis.record.run import RecordConfig, record
-from topk_megatron.analysis.sae.saved import load_saes, sae_directory
-from topk_megatron.analysis.sae.training import SAETraining, hidden_states, quality, train_sae
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import record
+from topk_megatron.analysis.result import write_tables
+from topk_megatron.analysis.sae.training import (
+    SAETraining,
+    hidden_states,
+    load_saes,
+    quality,
+    sae_directory,
+    train_sae,
+)
 from topk_megatron.analysis.sources import choose_layers, make_source
-from topk_megatron.analysis.study import Run, read_json, write_json
-from topk_megatron.analysis.tables import write_table
+from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.errors import AnalysisError
+from topk_megatron.files import write_json
 
+# Held-out hidden states on which the quality of an SAE is measured, at most.
+_QUALITY_TOKENS = 16384
 _TRAINING = pa.schema(
     [
         ("layer", pa.int16()),
@@ -42,7 +56,14 @@ _QUALITY = pa.schema(
 def baseline(
     args: Namespace, config: RecordConfig
 ) -> tuple[tuple[Run, Run], dict[int, tuple[Any, Any]], dict[str, Any]]:
-    """Train, record and return both runs, the decoders by layer, and facts for parameters.json."""
+    """Train and record the SAEs of both seeds.
+
+    Returns:
+        Both runs, both decoders [N, H] by layer, and entries for parameters.json.
+
+    Raises:
+        AnalysisError: the model has TopK layers, k is too large, or the corpus too short.
+    """
     folder = open_folder(args.model)
     if folder.topk_layers:
         raise AnalysisError(
@@ -56,7 +77,28 @@ def baseline(
         raise AnalysisError(f"--k must be at most the width {training.width}, got {training.k}")
     corpus = _corpus(args, folder, args.documents)
     train = _corpus(args, folder, args.train_documents) if args.train_documents else corpus
-    facts = {
+    facts = _facts(args, folder, layers, training, train)
+    _train_all(args, folder, layers, training, train, corpus, facts)
+    runs, decoders = [], []
+    for seed in args.seeds:
+        places = [sae_directory(args.study, layer, seed) for layer in layers]
+        source = make_source(folder, sae=places)
+        runs.append(record(source, corpus, replace(config, run=f"{args.name}-seed-{seed}")))
+        saes, _ = load_saes(places)
+        decoders.append({n: sae.W_dec.detach().float().cpu().numpy() for n, sae in saes.items()})
+    pairs = {layer: (decoders[0][layer], decoders[1][layer]) for layer in layers}
+    return (runs[0], runs[1]), pairs, facts
+
+
+def _facts(
+    args: Namespace,
+    folder: Folder,
+    layers: tuple[int, ...],
+    training: SAETraining,
+    train: Corpus,
+) -> dict[str, Any]:
+    """Return what decides the trained SAEs, and where the model is."""
+    return {
         "model": str(args.model),
         "layers": list(layers),
         "k": training.k,
@@ -68,16 +110,6 @@ def baseline(
         "model_fingerprint": folder.fingerprint(),
         "train_fingerprint": train.fingerprint(),
     }
-    _train_all(args, folder, layers, training, train, corpus, facts)
-    runs, decoders = [], []
-    for seed in args.seeds:
-        places = [sae_directory(args.study, layer, seed) for layer in layers]
-        source = make_source(folder, sae=places)
-        runs.append(record(source, corpus, replace(config, run=f"{args.name}-seed-{seed}")))
-        saes, _ = load_saes(places)
-        decoders.append({n: sae.W_dec.detach().float().cpu().numpy() for n, sae in saes.items()})
-    pairs = {layer: (decoders[0][layer], decoders[1][layer]) for layer in layers}
-    return (runs[0], runs[1]), pairs, facts
 
 
 def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
@@ -97,7 +129,7 @@ def _train_all(
     held_out: Corpus,
     facts: dict[str, Any],
 ) -> None:
-    """Train the SAEs that are not there, if they were trained in just this way."""
+    """Train all SAEs, unless they are there already and were trained in the same way."""
     directory = args.study / "sae"
     done = directory / "trained.json"
     if done.exists() and read_json(done) == facts and not args.overwrite:
@@ -106,7 +138,9 @@ def _train_all(
     if min(len(train.tokens), len(held_out.tokens)) < length:
         raise AnalysisError(f"the corpus is shorter than one sequence of {length} tokens")
     states = hidden_states(folder, train, layers, args.stored_tokens, length)
-    fresh = hidden_states(folder, held_out, layers, min(args.stored_tokens, 16384), length)
+    fresh = hidden_states(
+        folder, held_out, layers, min(args.stored_tokens, _QUALITY_TOKENS), length
+    )
     rows, qualities = [], []
     for layer in layers:
         for seed in args.seeds:
@@ -116,6 +150,9 @@ def _train_all(
             found = quality(folder, sae, layer, fresh[layer], held_out, length)
             qualities.append({**where, **found})
             sae.to("cpu").save_inference_model(str(sae_directory(args.study, layer, seed)))
-    write_table(directory / "training.parquet", pa.Table.from_pylist(rows, _TRAINING))
-    write_table(directory / "quality.parquet", pa.Table.from_pylist(qualities, _QUALITY))
+    tables = {
+        "training": pa.Table.from_pylist(rows, _TRAINING),
+        "quality": pa.Table.from_pylist(qualities, _QUALITY),
+    }
+    write_tables(directory, tables)
     write_json(done, facts)

@@ -1,7 +1,12 @@
-"""Trains the baseline: a TopK SAE, by SAELens' own trainer, on a dense model's hidden states."""
+"""The baseline: TopK SAEs trained by SAELens' own trainer on a dense model's hidden states.
 
-from collections.abc import Iterator
+Trained SAEs are kept as SAELens saves them, one directory per layer and seed.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,22 +14,27 @@ from torch import Tensor
 
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.folder import Folder
-from topk_megatron.analysis.hooks import changing_layers, reading_layers
+from topk_megatron.analysis.sources import changing_layers, reading_layers
+from topk_megatron.errors import CheckpointError
 
 _LOGGED_STEPS = 50
-# Batches of which the mean norm of the hidden states is taken, before training.
+# Batches from which the mean norm of the hidden states is estimated before training.
 _NORM_BATCHES = 8
+# Sequences on which the model's loss is measured with and without the reconstruction.
+_LOSS_SEQUENCES = 32
+_NAME = re.compile(r"layer-(\d+)-seed-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAETraining:
-    """How a SAE is trained.
+    """How an SAE is trained.
 
     Attributes:
-        width, k: latents, and those that survive.
+        width: latents.
+        k: latents that survive per token.
         tokens: hidden states seen in training; the corpus is repeated as needed.
-        batch: hidden states of a step.
-        lr: of Adam, decaying linearly to 0 over the last fifth.
+        batch: hidden states per step.
+        lr: learning rate of Adam, which decays linearly to 0 over the last fifth.
     """
 
     width: int
@@ -38,7 +48,7 @@ class SAETraining:
 def hidden_states(
     folder: Folder, corpus: Corpus, layers: tuple[int, ...], tokens: int, seq_length: int
 ) -> dict[int, Tensor]:
-    """Outputs of layers on the first so many tokens, float32 [tokens, H] each, in memory."""
+    """Return the outputs of layers on the first `tokens` tokens, float32 [tokens, H] each."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     whole = min(tokens, len(corpus.tokens)) // seq_length * seq_length
     sequences = torch.from_numpy(corpus.sequences(0, whole, seq_length)).view(-1, seq_length)
@@ -56,7 +66,7 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
     """Train one SAE on hidden states [tokens, H].
 
     Returns:
-        SAELens' TopKTrainingSAE, and rows of sae/training.parquet without layer and seed.
+        SAELens' TopKTrainingSAE, and the rows of sae/training.parquet without layer and seed.
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -76,7 +86,7 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
         total_training_samples=steps * training.batch,
         train_batch_size_samples=training.batch,
         lr=training.lr,
-        lr_end=training.lr / 10,  # asked for, and used by other schedules only
+        lr_end=training.lr / 10,  # SAELens wants it, though only its other schedules use it.
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=_NORM_BATCHES,
         dead_feature_window=max(10, steps // 10),
@@ -89,7 +99,7 @@ def train_sae(states: Tensor, training: SAETraining, seed: int) -> tuple[Any, li
 
 
 def _logging_trainer(rows: list[dict[str, Any]], variance: float, steps: int) -> Any:
-    """SAELens' trainer, which also appends to `rows`; the library is imported only here."""
+    """Return a subclass of SAELens' trainer that appends to `rows`; imports the library late."""
     from sae_lens.training.sae_trainer import SAETrainer
 
     class Logging(SAETrainer):
@@ -127,11 +137,11 @@ def _batches(states: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 def quality(
     folder: Folder, sae: Any, layer: int, states: Tensor, corpus: Corpus, seq_length: int
 ) -> dict[str, Any]:
-    """How well a SAE rebuilds hidden states that it was not trained on [tokens, H]."""
+    """Measure how well an SAE rebuilds hidden states [tokens, H] that it was not trained on."""
     latents = sae.encode(states)
     rebuilt = sae.decode(latents)
     spread = (states - states.mean(dim=0)).pow(2).sum()
-    sequences = min(len(corpus.tokens) // seq_length, 32)
+    sequences = min(len(corpus.tokens) // seq_length, _LOSS_SEQUENCES)
     tokens = torch.from_numpy(corpus.sequences(0, sequences * seq_length, seq_length))
     tokens = tokens.view(-1, seq_length).to(folder.device)
     without = folder.model(tokens, labels=tokens, use_cache=False).loss
@@ -145,3 +155,43 @@ def quality(
         "loss": float(inside),
         "loss_without": float(without),
     }
+
+
+def sae_directory(study: Path, layer: int, seed: int) -> Path:
+    """Return the directory of the SAE of a layer and seed in a study."""
+    return study / "sae" / f"layer-{layer:03d}-seed-{seed}"
+
+
+def load_saes(directories: Sequence[Path]) -> tuple[dict[int, Any], dict[str, Any]]:
+    """Load SAEs of several layers, all of one seed.
+
+    Returns:
+        The SAEs by layer, and the manifest's entry about them.
+
+    Raises:
+        CheckpointError: SAELens is not installed, or a directory holds no SAE, names no layer, or
+            repeats one.
+    """
+    try:
+        from sae_lens import SAE
+    except ImportError as error:
+        raise CheckpointError("SAEs need the package sae-lens, which is not installed") from error
+    saes: dict[int, Any] = {}
+    seeds: set[int] = set()
+    for directory in directories:
+        match = _NAME.fullmatch(directory.name)
+        if match is None:
+            raise CheckpointError(
+                f"{directory} does not say which layer it is for; SAE directories are called "
+                "layer-LLL-seed-S"
+            )
+        if int(match[1]) in saes:
+            raise CheckpointError(f"two SAEs for layer {int(match[1])} were given; give one")
+        try:
+            saes[int(match[1])] = SAE.load_from_disk(str(directory), device="cpu").eval()
+        except Exception as error:  # SAELens raises errors of many kinds.
+            raise CheckpointError(f"cannot load the SAE in {directory}: {error!r}") from error
+        seeds.add(int(match[2]))
+    if len(seeds) > 1:
+        raise CheckpointError(f"the SAEs are of seeds {sorted(seeds)}; give those of one seed")
+    return saes, {"path": str(directories[0].parent), "layers": sorted(saes), "seed": seeds.pop()}

@@ -1,8 +1,8 @@
-"""Generating text while neurons are pushed, many pushes side by side in one batch.
+"""Generates text while neurons are pushed, many pushes together in one batch.
 
 A push adds a number to one neuron of one layer's output, at every position of its rows, prompt
-included. Rows draw the same random numbers whenever they continue the same prompt, so that what
-differs between them is the push. Legend: R rows, P prompt tokens, T new tokens, V vocabulary.
+included. Rows that continue the same prompt draw the same random numbers, so that they differ by
+the push alone. Legend: R rows, P prompt tokens, T new tokens, V vocabulary.
 """
 
 import contextlib
@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from topk_megatron.analysis.folder import Folder
-from topk_megatron.analysis.hooks import changing_layers
+from topk_megatron.analysis.sources import changing_layers
 from topk_megatron.errors import AnalysisError
 
 
 @dataclass(frozen=True)
 class Push:
-    """Add `amount` to `neuron` of the output of `layer`."""
+    """An addition to one neuron of a layer's output.
+
+    Attributes:
+        layer: the layer.
+        neuron: the neuron.
+        amount: the number that is added.
+    """
 
     layer: int
     neuron: int
@@ -29,7 +35,13 @@ class Push:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens: 0 takes the likeliest."""
+    """How to choose tokens.
+
+    Attributes:
+        new_tokens: tokens to write.
+        temperature: 0 takes the likeliest token.
+        seed: the seed of the draws.
+    """
 
     new_tokens: int
     temperature: float
@@ -37,9 +49,9 @@ class Sampling:
 
 
 def pushing(folder: Folder, pushes: Sequence[Push | None]) -> Any:
-    """A context in which row r of every batch is pushed by pushes[r].
+    """Return a context in which row r of every batch is pushed by pushes[r].
 
-    A TopK LM's own `intervene` does it; other models are changed at the output of the layer.
+    A TopK LM is pushed by its own `intervene`, other models at the output of the layer.
     """
     rows: dict[Push, list[int]] = {}
     for number, push in enumerate(pushes):
@@ -69,7 +81,7 @@ def _adder(pushes: list[tuple[Push, list[int]]]) -> Any:
     def change(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
         for push, places in pushes:
-            if push.amount:  # adding 0 would turn -0 into +0
+            if push.amount:  # Adding 0 would turn -0 into +0.
                 hidden[places, :, push.neuron] += push.amount
         return hidden
 
@@ -90,16 +102,19 @@ def generate(
         folder: the model.
         prompts_RP: int64 tokens.
         pushes: a push or None for each row.
-        groups: rows of equal number draw equal random numbers.
+        groups: the group of each row; rows of one group draw the same random numbers.
         sampling: how to choose tokens.
 
     Returns:
-        int64 [R, T], the new tokens.
+        The new tokens, int64 [R, T].
+
+    Raises:
+        AnalysisError: prompts and new tokens are longer than the model allows.
     """
     if prompts_RP.shape[1] + sampling.new_tokens > folder.max_length:
         raise AnalysisError(
             f"{prompts_RP.shape[1]} prompt tokens and {sampling.new_tokens} new ones are more than "
-            f"the {folder.max_length} positions of the model in {folder.path}"
+            f"the {folder.max_length} positions of the model in {folder.path}; give fewer"
         )
     generator = torch.Generator().manual_seed(sampling.seed)
     places = torch.tensor(list(groups))
@@ -111,7 +126,7 @@ def generate(
             past = output.past_key_values
             logits = output.logits[:, -1].float().cpu()
             if sampling.temperature:
-                # Gumbel's trick: the argmax of logits plus this noise is a draw of the softmax.
+                # Gumbel's trick: the argmax of logits plus this noise is a draw from the softmax.
                 uniform = torch.rand((draws, logits.shape[-1]), generator=generator)
                 noise = -torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7)))
                 logits = logits / sampling.temperature + noise[places]
@@ -122,7 +137,7 @@ def generate(
 
 @torch.inference_mode()
 def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
-    """Mean loss in nats of each row's new tokens under the model as it is, [R]."""
+    """Return the mean loss in nats of each row's new tokens under the unpushed model, [R]."""
     whole = torch.cat([prompts_RP, new_RT], dim=1).to(folder.device)
     logits = folder.model(whole, use_cache=False).logits[:, prompts_RP.shape[1] - 1 : -1]
     losses = torch.nn.functional.cross_entropy(
@@ -135,9 +150,10 @@ def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
 def logit_changes(
     folder: Folder, prompts_RP: Tensor, pushes: Sequence[Push], base_RV: Tensor | None = None
 ) -> Tensor:
-    """How each push changes the next token's logits, mean over prompts, [pushes, V].
+    """Return how each push changes the next token's logits, mean over prompts, [pushes, V].
 
-    The mean over the vocabulary is taken off: it changes no probability.
+    The mean over the vocabulary, which changes no probability, is subtracted. `base_RV` are the
+    logits without a push, if they are known.
     """
     if base_RV is None:
         base_RV = next_logits(folder, prompts_RP, None)
@@ -150,7 +166,7 @@ def logit_changes(
 
 @torch.inference_mode()
 def next_logits(folder: Folder, prompts_RP: Tensor, push: Push | None) -> Tensor:
-    """Logits after the last prompt token, float32 [R, V]."""
+    """Return the logits after the last prompt token, float32 [R, V]."""
     with pushing(folder, [push] * len(prompts_RP)):
         return (
             folder.model(prompts_RP.to(folder.device), use_cache=False).logits[:, -1].float().cpu()
@@ -158,7 +174,7 @@ def next_logits(folder: Folder, prompts_RP: Tensor, push: Push | None) -> Tensor
 
 
 def repetition(new_RT: Tensor, n: int = 3) -> Tensor:
-    """Share of n-grams of each row that occurred in the row before, [R]."""
+    """Return the share of n-grams of each row that occurred earlier in the row, float64 [R]."""
     shares = []
     for row in new_RT.tolist():
         grams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]

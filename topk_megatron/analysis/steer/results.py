@@ -1,16 +1,22 @@
-"""Tables and claims of `steer`."""
+"""The result of `steer`: tables of neurons, samples, tokens and means, and claims."""
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis.claims import claim, row
+from topk_megatron.analysis.corpus import Corpus, join_tokens
+from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.measures import mean_interval
-from topk_megatron.analysis.steer.run import LISTED, SteerConfig, Steered, measure
-from topk_megatron.analysis.study import Run, write_claims, write_json
-from topk_megatron.analysis.tables import write_table
-from topk_megatron.analysis.text import join_tokens
+from topk_megatron.analysis.result import Claim, Result, claim, row
+from topk_megatron.analysis.steer.run import LISTED, SteerConfig, Steered, measure, push_all
+from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.tables import (
+    ALL_LAYERS,
+    INTERVAL,
+    interval_columns,
+    percentile_columns,
+)
 
 _NEURONS = pa.schema(
     [
@@ -68,25 +74,36 @@ _SUMMARY = pa.schema(
         ("strength", pa.float64()),
         ("control", pa.bool_()),
         ("measure", pa.string()),
-        ("neurons", pa.int64()),
-        *((name, pa.float64()) for name in ("mean", "low", "high")),
+        *INTERVAL,
         *((f"p{p}", pa.float64()) for p in _PERCENTILES),
     ]
 )
 _MEASURES = ("success", "promoted_success", "damage", "repetition")
 
 
-def write_results(config: SteerConfig, run: Run, steered: Steered, facts: dict[str, Any]) -> None:
-    """Write everything under steer/, parameters last."""
-    directory = config.study / "steer"
+def steer(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Result:
+    """Push neurons while the model writes.
+
+    Args:
+        config: what to push, and how far.
+        folder: the model.
+        run: a recording of it.
+        corpus: the text that prompts are taken from.
+
+    Returns:
+        The tables neurons, samples, tokens and summary.
+
+    Raises:
+        AnalysisError: as `push_all` says.
+    """
+    steered = push_all(config, folder, run, corpus)
     rows = _neuron_rows(run, steered)
-    write_table(directory / "neurons.parquet", pa.Table.from_pylist(rows, _NEURONS))
-    samples = pa.Table.from_pylist(_sample_rows(run, steered), _SAMPLES)
-    write_table(directory / "samples.parquet", samples)
-    write_table(directory / "tokens.parquet", pa.Table.from_pylist(_token_rows(steered), _TOKENS))
-    summary = pa.Table.from_pylist(_summary(config, rows), _SUMMARY)
-    write_table(directory / "summary.parquet", summary)
-    write_claims(config.study, "steer", _claims(config, rows))
+    found = {
+        "neurons": (rows, _NEURONS),
+        "samples": (_sample_rows(run, steered), _SAMPLES),
+        "tokens": (_token_rows(steered), _TOKENS),
+        "summary": (_summary(config, rows), _SUMMARY),
+    }
     parameters = {
         "run": run.name,
         "neurons": [[s.layer, s.neuron] for s in steered.subjects],
@@ -99,9 +116,10 @@ def write_results(config: SteerConfig, run: Run, steered: Steered, facts: dict[s
         "min_count": config.min_count,
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        **facts,
+        "model": str(folder.path),
     }
-    write_json(directory / "parameters.json", parameters)
+    tables = {name: pa.Table.from_pylist(*pair) for name, pair in found.items()}
+    return Result(tables=tables, claims=_claims(config, rows), parameters=parameters)
 
 
 def _neuron_rows(run: Run, steered: Steered) -> list[dict[str, Any]]:
@@ -171,7 +189,7 @@ def _token_rows(steered: Steered) -> list[dict[str, Any]]:
 
 
 def _value(row: dict[str, Any], name: str) -> float:
-    """A measure of one push; repetition is its increase."""
+    """Return a measure of one push; for repetition it is the increase."""
     if name == "promoted_success":
         return row["promoted_rate"] - row["promoted_base_rate"]
     if name == "repetition":
@@ -182,7 +200,7 @@ def _value(row: dict[str, Any], name: str) -> float:
 def _summary(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[int, float, bool, str], list[float]] = {}
     for entry in rows:
-        for layer in (entry["layer"], -1):
+        for layer in (entry["layer"], ALL_LAYERS):
             for name in _MEASURES:
                 key = (layer, entry["strength"], entry["control"], name)
                 groups.setdefault(key, []).append(_value(entry, name))
@@ -197,51 +215,40 @@ def _summary(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, 
                 "strength": strength,
                 "control": control,
                 "measure": name,
-                "neurons": interval.n,
-                "mean": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-                **{f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES},
+                **interval_columns(interval),
+                **percentile_columns(values, _PERCENTILES),
             }
         )
     return found
 
 
-def _claims(config: SteerConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    claims = []
+def _claims(config: SteerConfig, rows: list[dict[str, Any]]) -> list[Claim]:
+    return [_claim(config, rows, strength) for strength in config.strengths]
+
+
+def _claim(config: SteerConfig, rows: list[dict[str, Any]], strength: float) -> Claim:
     options = {"resamples": config.bootstrap, "seed": config.seed}
-    for strength in config.strengths:
 
-        def values(control: bool, name: str = "success", strength: float = strength) -> np.ndarray:
-            return np.array(
-                [
-                    _value(entry, name)
-                    for entry in rows
-                    if entry["control"] is control and entry["strength"] == strength
-                ]
-            )
+    def values(control: bool, name: str = "success") -> np.ndarray:
+        chosen = [r for r in rows if r["control"] is control and r["strength"] == strength]
+        return np.array([_value(entry, name) for entry in chosen])
 
-        damage = mean_interval(values(False, "damage"), **options)
-        assert damage is not None
-        claims.append(
-            claim(
-                "steer",
-                f"steer-{strength:g}",
-                f"Pushing a neuron by {strength:g} times its largest value brings its concept "
-                "tokens, more than pushing another of equal activity does",
-                "increase of the share of concept tokens",
-                "share of tokens",
-                [
-                    row("its own neuron", mean_interval(values(False), **options)),
-                    row("control", mean_interval(values(True), **options)),
-                ],
-                difference=(
-                    "own - control",
-                    mean_interval(values(False) - values(True), **options),
-                ),
-                holds_if="above",
-                note=f"damage: {damage.value:.2f} bits a token under the unsteered model "
-                f"({damage.low:.2f} to {damage.high:.2f}); intervals by bootstrap over neurons",
-            )
-        )
-    return claims
+    own, control = values(False), values(True)
+    damage = mean_interval(values(False, "damage"), **options)
+    assert damage is not None
+    return claim(
+        "steer",
+        f"steer-{strength:g}",
+        f"Pushing a neuron by {strength:g} times its largest value brings its concept tokens, more "
+        "than pushing another of equal activity does",
+        "increase of the share of concept tokens",
+        "share of tokens",
+        [
+            row("its own neuron", mean_interval(own, **options)),
+            row("control", mean_interval(control, **options)),
+        ],
+        difference=("own - control", mean_interval(own - control, **options)),
+        holds_if="above",
+        note=f"damage: {damage.value:.2f} bits a token under the unsteered model "
+        f"({damage.low:.2f} to {damage.high:.2f}); intervals by bootstrap over neurons",
+    )

@@ -2,11 +2,13 @@
 
 Success is how much more often the neuron's concept tokens appear than in the unsteered text;
 damage is how much less likely the text is under the unsteered model. The control pushes another
-neuron of the same layer, of nearly equal activity, by the same amount.
+neuron of the same layer, of nearly equal activity, by the same amount. This file measures;
+results.py makes tables and claims of it.
+
+Legend: S samples, P prompt tokens, T new tokens, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,23 +40,19 @@ class SteerConfig:
     """What to push, and how far.
 
     Attributes:
-        study: the study directory.
-        run: name of the recording of this model in it.
         neurons: (layer, neuron) pairs; None draws `sample` of each layer.
-        sample: neurons drawn of each layer.
+        sample: neurons drawn per layer.
         min_count: activations that a drawn neuron needs.
-        strengths: in multiples of a neuron's largest recorded value.
+        strengths: how far to push, in multiples of a neuron's largest recorded value.
         samples: prompts that each push continues.
-        prompt_tokens: tokens that are continued.
-        new_tokens: tokens that are written.
+        prompt_tokens: tokens per prompt.
+        new_tokens: tokens to write.
         temperature: 0 takes the likeliest token.
-        rows: of a batch.
-        seed: of everything random.
+        rows: rows per batch.
+        seed: the seed of everything random.
         bootstrap: resamples of an interval.
     """
 
-    study: Path
-    run: str
     neurons: list[tuple[int, int]] | None = None
     sample: int = 16
     min_count: int = 50
@@ -75,10 +73,11 @@ class Subject:
     Attributes:
         layer: its layer.
         neuron: its number.
-        control: number of its control.
-        unit: the neuron's largest recorded value; a strength of 1 adds it.
+        control: the number of its control.
+        unit: the absolute value of the neuron's largest recorded activation; a strength of 1 adds
+            it.
         concept: token ids that set the neuron apart.
-        promoted: token ids whose logits a push raises most; filled by `steer`.
+        promoted: token ids whose logits a push raises most; filled by `push_all`.
     """
 
     layer: int
@@ -91,7 +90,15 @@ class Subject:
 
 @dataclass
 class Trial:
-    """What one push of one subject did: new tokens [S, T] and, for each sample, loss in nats."""
+    """What one push of one subject did.
+
+    Attributes:
+        subject: place of the subject among the subjects; -1 without a push.
+        strength: how far it was pushed.
+        control: whether its control was pushed instead.
+        tokens: int64 [S, T], the new tokens.
+        losses: float32 [S], their mean loss in nats under the unpushed model.
+    """
 
     subject: int
     strength: float
@@ -102,7 +109,15 @@ class Trial:
 
 @dataclass
 class Steered:
-    """All of it: unsteered text first. `changes` are logit changes [subjects, V]."""
+    """All trials, and what they are compared with.
+
+    Attributes:
+        subjects: the neurons that were pushed.
+        prompts: int64 [S, P].
+        base: the unsteered text.
+        trials: every subject at every strength, each followed by its control.
+        changes: float32 [subjects, V], the change of the next token's logits at strength 1.
+    """
 
     subjects: list[Subject]
     prompts: Tensor
@@ -111,12 +126,12 @@ class Steered:
     changes: Tensor
 
 
-def steer(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Steered:
-    """Push every subject at every strength, and its control likewise.
+def push_all(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Steered:
+    """Push every subject and its control at every strength.
 
     Raises:
-        AnalysisError: a neuron or layer out of range, a run of a SAE or of another model, too
-            little text for prompts.
+        AnalysisError: a neuron or layer is out of range, the run is of an SAE or of another model,
+            or the corpus is too short for the prompts.
     """
     check_model(folder, run)
     subjects = choose_subjects(config, run)
@@ -169,10 +184,11 @@ def _batch(
 
 
 def check_model(folder: Folder, run: Run) -> None:
-    """The run must be this model's, and its neurons coordinates of the hidden state."""
+    """Refuse a run of another model, or one whose neurons are not coordinates of a hidden state."""
     if run.kind == "sae":
         raise AnalysisError(
-            f"the run {run.name} is of SAE latents; steer pushes neurons of a hidden state"
+            f"the run {run.name} records SAE latents; steer pushes neurons of a hidden state, "
+            "so give a run of the model itself"
         )
     if run.manifest["model"]["fingerprint"] != folder.fingerprint():
         raise AnalysisError(
@@ -182,15 +198,8 @@ def check_model(folder: Folder, run: Run) -> None:
 
 
 def choose_subjects(config: SteerConfig, run: Run) -> list[Subject]:
-    """The neurons asked for, or a random sample of each layer's active ones."""
-    wanted: dict[int, list[int] | None] = {}
-    if config.neurons is None:
-        wanted = dict.fromkeys(run.layers)
-    else:
-        for layer, neuron in config.neurons:
-            run.check_layer(layer)
-            run.check_neuron(neuron)
-            wanted[layer] = [*(wanted.get(layer) or []), neuron]
+    """Return the neurons asked for, or a random sample of each layer's active ones."""
+    wanted = _wanted(config, run)
     marginal = run.vocabulary["count"].to_numpy().astype(np.float64)
     subjects: list[Subject] = []
     for layer, neurons in wanted.items():
@@ -201,7 +210,8 @@ def choose_subjects(config: SteerConfig, run: Run) -> list[Subject]:
         largest = table["max"].to_numpy(zero_copy_only=False)
         rng = np.random.default_rng([config.seed, layer])
         if neurons is None:
-            able = [n for n in np.flatnonzero(totals >= config.min_count) if len(concepts[n])]
+            active = np.flatnonzero(totals >= config.min_count)
+            able = [neuron for neuron in active if len(concepts[neuron])]
             neurons = sorted(rng.permutation(able)[: config.sample].tolist())
         for neuron in neurons:
             if not len(concepts[neuron]):
@@ -219,8 +229,20 @@ def choose_subjects(config: SteerConfig, run: Run) -> list[Subject]:
     return subjects
 
 
+def _wanted(config: SteerConfig, run: Run) -> dict[int, list[int] | None]:
+    """Return the neurons asked for by layer; None leaves the choice open."""
+    if config.neurons is None:
+        return dict.fromkeys(run.layers)
+    wanted: dict[int, list[int] | None] = {}
+    for layer, neuron in config.neurons:
+        run.check_layer(layer)
+        run.check_neuron(neuron)
+        wanted[layer] = [*(wanted.get(layer) or []), neuron]
+    return wanted
+
+
 def equal_activity(totals: np.ndarray, neuron: int, rng: np.random.Generator) -> int:
-    """One of the five other neurons whose numbers of activations are nearest, at random."""
+    """Draw one of the five other neurons whose numbers of activations are nearest."""
     distance = np.abs(totals - totals[neuron]).astype(np.float64)
     distance[neuron] = np.inf
     nearest = np.argsort(distance, kind="stable")[: min(_NEAREST, len(totals) - 1)]
@@ -228,12 +250,12 @@ def equal_activity(totals: np.ndarray, neuron: int, rng: np.random.Generator) ->
 
 
 def choose_prompts(config: SteerConfig, corpus: Corpus) -> Tensor:
-    """Beginnings at random places of the corpus, int64 [S, P]."""
+    """Return prompts from random places of the corpus, int64 [S, P]."""
     room = len(corpus.tokens) - config.prompt_tokens
     if room < config.samples:
         raise AnalysisError(
             f"the corpus {corpus.path} is too short for {config.samples} prompts of "
-            f"{config.prompt_tokens} tokens"
+            f"{config.prompt_tokens} tokens; give more text or fewer --samples"
         )
     starts = np.sort(np.random.default_rng(config.seed).choice(room, config.samples, replace=False))
     rows = [corpus.tokens[start : start + config.prompt_tokens] for start in starts]
@@ -241,12 +263,12 @@ def choose_prompts(config: SteerConfig, corpus: Corpus) -> Tensor:
 
 
 def rate(tokens: Tensor, wanted: np.ndarray) -> float:
-    """Share of tokens that are among the wanted ones."""
+    """Return the share of tokens that are among the wanted ones."""
     return float(torch.isin(tokens, torch.from_numpy(wanted.astype(np.int64))).double().mean())
 
 
 def measure(subject: Subject, trial: Trial, base: Trial) -> dict[str, Any]:
-    """The numbers of steer/neurons.parquet for one push."""
+    """Return the numbers of steer/neurons.parquet for one push."""
     concept, base_concept = (rate(t.tokens, subject.concept) for t in (trial, base))
     loss, base_loss = (float(t.losses.double().mean()) for t in (trial, base))
     return {

@@ -1,21 +1,20 @@
-"""Tables and claims of `track`."""
+"""The result of `track`: tables of checkpoints, neurons, layers and means, and claims."""
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from topk_megatron.analysis.claims import claim, row
 from topk_megatron.analysis.entropy.semantic import Embed
 from topk_megatron.analysis.measures import mean_interval
-from topk_megatron.analysis.study import Run, write_claims, write_json
-from topk_megatron.analysis.tables import write_table
+from topk_megatron.analysis.result import Claim, Result, claim, row
+from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.tables import ALL_LAYERS, INTERVAL, interval_columns, nullable
 from topk_megatron.analysis.track.revisions import Revision
 from topk_megatron.analysis.track.run import (
     Columns,
     TrackConfig,
     corpus_entropy,
-    nullable,
     track_layer,
     track_layers,
 )
@@ -31,25 +30,35 @@ _MEASURES = (
 )
 
 
+_SUMMARY = pa.schema(
+    [
+        ("iteration", pa.int64()),
+        ("layer", pa.int16()),
+        ("measure", pa.string()),
+        *INTERVAL,
+    ]
+)
+
+
 def track(
     config: TrackConfig,
     revisions: list[Revision],
     runs: list[Run],
     embed: Embed | None,
     facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Follow all layers and write track/.
+) -> Result:
+    """Follow all layers.
 
     Args:
-        config: thresholds.
-        revisions, runs: the checkpoints and their recordings, in the order of training.
-        embed: texts to unit vectors; None leaves context similarities out.
-        facts: what parameters.json also says.
+        config: what counts as specialised and as formed.
+        revisions: the checkpoints in the order of training.
+        runs: their recordings, in the same order.
+        embed: from texts to unit vectors; None leaves context similarities out.
+        facts: further entries of the parameters.
 
     Returns:
-        The content of parameters.json.
+        The tables checkpoints, neurons, layers and summary.
     """
-    directory = config.study / "track"
     found: dict[int, list[Columns]] = {}
     checkpoints, neurons = [], []
     for layer in runs[0].layers:
@@ -58,14 +67,22 @@ def track(
             columns["same_index"] = (columns["best_match"] == np.arange(run.width)).astype(float)
             checkpoints.append(_checkpoint_table(revision, run, layer, columns))
         neurons.append(_neuron_table(revisions, layer, formation))
-    write_table(directory / "checkpoints.parquet", pa.concat_tables(checkpoints))
-    write_table(directory / "neurons.parquet", pa.concat_tables(neurons))
     layers = track_layers(runs[-1], config.seed)
-    write_table(directory / "layers.parquet", layers)
     summary = _summary(config, revisions, found)
-    write_table(directory / "summary.parquet", pa.Table.from_pylist(summary, _SUMMARY))
-    write_claims(config.study, "track", _claims(config, revisions, found, layers))
-    parameters = {
+    return Result(
+        tables={
+            "checkpoints": pa.concat_tables(checkpoints),
+            "neurons": pa.concat_tables(neurons),
+            "layers": layers,
+            "summary": pa.Table.from_pylist(summary, _SUMMARY),
+        },
+        claims=_claims(config, revisions, found, layers),
+        parameters=_parameters(config, revisions, runs) | facts,
+    )
+
+
+def _parameters(config: TrackConfig, revisions: list[Revision], runs: list[Run]) -> dict[str, Any]:
+    return {
         "runs": [run.name for run in runs],
         "iterations": [revision.iteration for revision in revisions],
         "min_count": config.min_count,
@@ -75,10 +92,7 @@ def track(
         "context_neurons": config.context_neurons,
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        **facts,
     }
-    write_json(directory / "parameters.json", parameters)
-    return parameters
 
 
 def _checkpoint_table(revision: Revision, run: Run, layer: int, columns: Columns) -> pa.Table:
@@ -131,21 +145,8 @@ def _neuron_table(revisions: list[Revision], layer: int, formation: Columns) -> 
     )
 
 
-_SUMMARY = pa.schema(
-    [
-        ("iteration", pa.int64()),
-        ("layer", pa.int16()),
-        ("measure", pa.string()),
-        ("neurons", pa.int64()),
-        ("mean", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-    ]
-)
-
-
 def _values(config: TrackConfig, columns: Columns, measure: str) -> np.ndarray:
-    """A measure of the neurons that are active enough, [N] with NaN for the others."""
+    """Return a measure of the neurons that are active enough, [N] with NaN for the others."""
     active = columns["count"] >= config.min_count
     if measure == "specialised":
         return columns[measure].astype(float)
@@ -161,7 +162,8 @@ def _summary(
             by_layer = {
                 layer: _values(config, columns[number], measure) for layer, columns in found.items()
             }
-            for layer, values in {**by_layer, -1: np.concatenate([*by_layer.values()])}.items():
+            everything = np.concatenate([*by_layer.values()])
+            for layer, values in {**by_layer, ALL_LAYERS: everything}.items():
                 interval = mean_interval(values, resamples=config.bootstrap, seed=config.seed)
                 if interval is not None:
                     rows.append(
@@ -169,10 +171,7 @@ def _summary(
                             "iteration": revision.iteration,
                             "layer": layer,
                             "measure": measure,
-                            "neurons": interval.n,
-                            "mean": interval.value,
-                            "low": interval.low,
-                            "high": interval.high,
+                            **interval_columns(interval),
                         }
                     )
     return rows
@@ -183,7 +182,7 @@ def _claims(
     revisions: list[Revision],
     found: dict[int, list[Columns]],
     layers: pa.Table,
-) -> list[dict[str, Any]]:
+) -> list[Claim]:
     def over_layers(number: int, measure: str) -> np.ndarray:
         return np.concatenate(
             [_values(config, columns[number], measure) for columns in found.values()]
@@ -211,21 +210,23 @@ def _claims(
         ),
     ]
     if layers.num_rows:
-        own, other = (
-            layers[name].to_numpy(zero_copy_only=False).astype(float)
-            for name in ("similarity", "other_similarity")
-        )
-        claims.append(
-            _paired(
-                config,
-                "track-layers",
-                "A neuron is more like the same neuron of the next layer than like another there",
-                "similarity (1 - JSD)",
-                ("same number", own),
-                ("another", other),
-            )
-        )
+        claims.append(_layers_claim(config, layers))
     return claims
+
+
+def _layers_claim(config: TrackConfig, layers: pa.Table) -> Claim:
+    own, other = (
+        layers[name].to_numpy(zero_copy_only=False).astype(float)
+        for name in ("similarity", "other_similarity")
+    )
+    return _paired(
+        config,
+        "track-layers",
+        "A neuron is more like the same neuron of the next layer than like another there",
+        "similarity (1 - JSD)",
+        ("same number", own),
+        ("another", other),
+    )
 
 
 def _paired(
@@ -235,7 +236,8 @@ def _paired(
     measure: str,
     one: tuple[str, np.ndarray],
     two: tuple[str, np.ndarray],
-) -> dict[str, Any]:
+) -> Claim:
+    """Return the claim that neurons have more of `one` than of `two`."""
     options = {"resamples": config.bootstrap, "seed": config.seed}
     return claim(
         "track",

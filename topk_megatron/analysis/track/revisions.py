@@ -1,22 +1,30 @@
-"""The exported checkpoints of one training run, and recording all of them on the same text."""
+"""The exported checkpoints of one training run, and the recording of all on the same text."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from topk_megatron.analysis.corpus import open_corpus
 from topk_megatron.analysis.folder import open_folder
-from topk_megatron.analysis.record.ranks import Ranks
-from topk_megatron.analysis.record.run import RecordConfig, record
+from topk_megatron.analysis.record.plan import RecordConfig
+from topk_megatron.analysis.record.run import Ranks, record
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError, CheckpointError
+from topk_megatron.files import read_object
 
 
 @dataclass(frozen=True)
 class Revision:
-    """One checkpoint of a trajectory."""
+    """One checkpoint of a trajectory.
+
+    Attributes:
+        name: its name in the trajectory, such as ``iter_0000100``.
+        folder: its Hugging Face folder.
+        iteration: its training iteration.
+        tokens_seen: tokens of training before it; None if unknown.
+        k: survivors per token at that iteration; None if unknown.
+    """
 
     name: str
     folder: Path
@@ -27,7 +35,13 @@ class Revision:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The corpus to record on; see `open_corpus`."""
+    """The corpus to record on.
+
+    Attributes:
+        path: see `open_corpus`.
+        documents: see `open_corpus`.
+        max_tokens: see `open_corpus`.
+    """
 
     path: str
     documents: str | None = None
@@ -35,19 +49,22 @@ class Text:
 
 
 def read_trajectory(directory: Path) -> list[Revision]:
-    """The revisions of a folder that ``convert_checkpoint.py to-hf --all-iterations`` wrote.
+    """Read the revisions of a folder that ``convert_checkpoint.py to-hf --all-iterations`` wrote.
+
+    Returns:
+        The revisions in the order of training.
 
     Raises:
-        CheckpointError: no trajectory, or one that is damaged.
-        AnalysisError: fewer than two checkpoints.
+        CheckpointError: the folder holds no trajectory, or one that is damaged.
+        AnalysisError: the trajectory has fewer than two checkpoints.
     """
     path = directory / "trajectory.json"
     if not path.is_file():
         raise CheckpointError(
             f"{directory} holds no trajectory.json; export one with --all-iterations"
         )
+    content = read_object(path)
     try:
-        entries = json.loads(path.read_text())["revisions"]
         revisions = [
             Revision(
                 entry["name"],
@@ -56,7 +73,7 @@ def read_trajectory(directory: Path) -> list[Revision]:
                 entry.get("tokens_seen"),
                 entry.get("k"),
             )
-            for entry in entries
+            for entry in content["revisions"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
@@ -73,14 +90,17 @@ def record_trajectory(
     *,
     source: dict[str, Any],
 ) -> list[Run]:
-    """Record every checkpoint as ``RUN@NAME``; those that are recorded already are kept.
+    """Record every checkpoint as ``RUN@NAME``, except those that are recorded already.
 
     Args:
-        revisions: in the order of training.
+        revisions: the checkpoints in the order of training.
         text: the corpus.
-        config: of the recordings; its `run` is the name before the @.
-        ranks: who shares the work.
+        config: how to record; its `run` is the part of the name before the @.
+        ranks: the ranks that share the work.
         source: options of `make_source`.
+
+    Raises:
+        AnalysisError: the checkpoints differ in their TopK layers.
     """
     runs = []
     for revision in revisions:

@@ -1,23 +1,27 @@
 """`track`: the same neuron over training and from layer to layer.
 
-What a neuron is, is its distribution of tokens and its strongest contexts; both are compared with
-those of the neuron of the same number at the last checkpoint, and with those of another one.
+A neuron is known by its distribution of tokens and its strongest contexts. Both are compared with
+those of the neuron of the same number at the last checkpoint, and with those of another neuron.
+This file measures; results.py makes tables and claims of it.
 """
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from topk_megatron.analysis.entropy.neurons import layer_examples
 from topk_megatron.analysis.entropy.semantic import Embed
-from topk_megatron.analysis.matching import match_neurons, others
-from topk_megatron.analysis.measures import corrected_entropy, js_of_histograms, plugin_entropy
-from topk_megatron.analysis.study import Histogram, Run
-from topk_megatron.analysis.track.revisions import Revision
+from topk_megatron.analysis.histograms import (
+    Histogram,
+    js_of_histograms,
+    match_neurons,
+    others,
+)
+from topk_megatron.analysis.measures import corrected_entropy, plugin_entropy
+from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.tables import nullable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +29,15 @@ class TrackConfig:
     """What counts as specialised and as formed.
 
     Attributes:
-        study: the study directory.
         min_count: activations that a neuron needs.
-        specialised_bits: a neuron is specialised if its token entropy is so many bits below that
-            of the corpus: 2 bits are a quarter of the effective vocabulary.
-        formed_similarity: a neuron is formed once its similarity to the end stays above.
-        context_neurons: neurons of each layer whose contexts are embedded; 0 embeds none.
+        specialised_bits: how far the token entropy of a specialised neuron must be below that of
+            the corpus, in bits; 2 bits are a quarter of the effective vocabulary.
+        formed_similarity: a neuron is formed once its similarity to the end stays at least this.
+        context_neurons: neurons per layer whose contexts are embedded; 0 embeds none.
         bootstrap: resamples of an interval.
-        seed: of the resampling.
+        seed: the seed of controls and resampling.
     """
 
-    study: Path
     min_count: int = 50
     specialised_bits: float = 2.0
     formed_similarity: float = 0.5
@@ -44,7 +46,19 @@ class TrackConfig:
     seed: int = 0
 
 
-# Columns of one (checkpoint, layer), each [N].
+_LAYERS = pa.schema(
+    [
+        ("layer_a", pa.int16()),
+        ("layer_b", pa.int16()),
+        ("neuron", pa.int32()),
+        ("similarity", pa.float64()),
+        ("other_similarity", pa.float64()),
+        ("best_match", pa.int32()),
+        ("best_similarity", pa.float64()),
+        ("keeps", pa.bool_()),
+    ]
+)
+# The columns of one (checkpoint, layer), each [N].
 Columns = dict[str, np.ndarray]
 
 
@@ -87,14 +101,14 @@ def _specialised(
 
 
 def corpus_entropy(run: Run) -> float:
-    """Token entropy of the text itself, in bits."""
+    """Return the token entropy of the text itself, in bits."""
     counts = run.vocabulary["count"].to_numpy()
     counts = counts[counts > 0]
     return float(plugin_entropy(counts, np.zeros(len(counts), np.int64), 1)[0])
 
 
 def stays_from(flags: np.ndarray) -> np.ndarray:
-    """First checkpoint from which on a flag [checkpoints, N] stays true; -1 for never."""
+    """Return the first checkpoint from which a flag [checkpoints, N] stays true; -1 for never."""
     kept = np.logical_and.accumulate(flags[::-1], axis=0)[::-1]
     return np.where(kept.any(axis=0), kept.argmax(axis=0), -1)
 
@@ -116,14 +130,14 @@ def _formation(
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis without NaN; NaN where nothing is left."""
+    """Return the mean over the first axis without NaN; NaN where nothing is left."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
 
 
 def _overlap(run: Run, last: Run, layer: int) -> np.ndarray:
-    """Share of a neuron's examples at the last checkpoint that are among its own, [N]."""
+    """Return the share of each neuron's examples at the last checkpoint that it has here, [N]."""
     tokens = last.manifest["corpus"]["tokens"]
     keys = []
     for one in (run, last):
@@ -138,7 +152,7 @@ def _overlap(run: Run, last: Run, layer: int) -> np.ndarray:
 
 
 def _centres(config: TrackConfig, run: Run, layer: int, embed: Embed | None) -> np.ndarray:
-    """Unit means of the embedded contexts [N, D]; NaN where they are not embedded."""
+    """Return the unit means of the embedded contexts [N, D]; NaN where none are embedded."""
     if embed is None or not config.context_neurons:
         return np.full((run.width, 1), np.nan)
     examples = layer_examples(run, layer)
@@ -158,7 +172,7 @@ def _centres(config: TrackConfig, run: Run, layer: int, embed: Embed | None) -> 
 
 
 def track_layers(run: Run, seed: int) -> pa.Table:
-    """track/layers.parquet: what neurons keep from one recorded layer to the next."""
+    """Return track/layers.parquet: what neurons keep from one recorded layer to the next."""
     tables = []
     histograms = {layer: run.histogram(layer) for layer in run.layers}
     for a, b in zip(run.layers[:-1], run.layers[1:], strict=True):
@@ -181,25 +195,4 @@ def track_layers(run: Run, seed: int) -> pa.Table:
                 }
             )
         )
-    return pa.concat_tables(tables) if tables else LAYERS.empty_table()
-
-
-def nullable(values: np.ndarray) -> Any:
-    """A column of float64 whose NaN are null."""
-    return pa.array(np.asarray(values, np.float64), mask=np.isnan(values))
-
-
-LAYERS = pa.schema(
-    [
-        ("layer_a", pa.int16()),
-        ("layer_b", pa.int16()),
-        ("neuron", pa.int32()),
-        ("similarity", pa.float64()),
-        ("other_similarity", pa.float64()),
-        ("best_match", pa.int32()),
-        ("best_similarity", pa.float64()),
-        ("keeps", pa.bool_()),
-    ]
-)
-
-__all__ = ["Revision", "TrackConfig", "corpus_entropy", "stays_from", "track_layer", "track_layers"]
+    return pa.concat_tables(tables) if tables else _LAYERS.empty_table()

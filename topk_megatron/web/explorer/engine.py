@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_megatron.analysis.corpus import join_tokens, token_texts
 from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.promoted import directions_of
-from topk_megatron.analysis.text import join_tokens, token_texts
 from topk_megatron.errors import AnalysisError
 from topk_megatron.web.explorer.requests import (
     MAX_CHARACTERS,

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.study import COMMANDS, Run, list_runs, open_run, read_json
+from topk_megatron.analysis.result import COMMANDS
+from topk_megatron.analysis.study import Run, list_runs, open_run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
 from topk_megatron.web.report.measures import Measure

@@ -54,7 +54,7 @@ class CardReader:
 
     def __init__(self, study: Path, run: Run, examples: int = 8) -> None:
         self.study, self.run, self.examples = study, run, examples
-        run.check("examples.parquet")
+        run.tables.check("examples")
 
     def layer(self, layer: int) -> dict[int, Card]:
         """Cards of the neurons of one layer that have anything to show."""

@@ -1,5 +1,7 @@
 // Interactive plots, drawn by Plotly, which is unpacked after the first view.
 
+// The `layer` of rows about all layers together, as topk_megatron/analysis/tables.py writes it.
+const ALL_LAYERS = -1;
 let plotly = null;
 
 function loadPlotly() {
@@ -81,7 +83,7 @@ function entropyFigure(table) {
     measures.map((m) => [m, m.replaceAll('_', ' ')]), (measure) => ({
       data: runs.map((run) => {
         const all = rowsWhere(table, { run, measure, resampled: 'neurons' });
-        const rows = all.filter((row) => row.layer >= 0);
+        const rows = all.filter((row) => row.layer !== ALL_LAYERS);
         return line(run, rows, (row) => row.layer, run.endsWith(':shuffled') ? { line: { dash: 'dot' } } : {});
       }).filter((one) => one.x.length),
       layout: layout('layer', 'bits', { xaxis: { dtick: table.layer.some((n) => n > 12) ? undefined : 1 }, yaxis: { rangemode: 'tozero' } }),
@@ -89,7 +91,7 @@ function entropyFigure(table) {
 }
 
 function trackFigure(table) {
-  const pick = (name, label) => line(label, rowsWhere(table, { measure: name, layer: -1 }), (row) => row.iteration);
+  const pick = (name, label) => line(label, rowsWhere(table, { measure: name, layer: ALL_LAYERS }), (row) => row.iteration);
   const views = {
     similarity: ['similarity to the final neuron', [['similarity', 'the same neuron'], ['other_similarity', 'another neuron (control)'], ['example_overlap', 'overlap of examples'], ['context_similarity', 'contexts']], ''],
     specialised: ['share that is specialised, or finds itself', [['specialised', 'specialised'], ['same_index', 'nearest is itself']], 'share'],
@@ -106,7 +108,7 @@ function steerFigure(table) {
   return figure('Steering', 'Mean over steered neurons with its 95 % interval, by strength; the control pushes a random neuron that is as active.',
     different(table.measure).map((m) => [m, m.replaceAll('_', ' ')]), (measure) => ({
       data: [false, true].map((control) => line(control ? 'control' : 'the neuron itself',
-        rowsWhere(table, { layer: -1, measure, control }).sort((a, b) => a.strength - b.strength), (row) => row.strength,
+        rowsWhere(table, { layer: ALL_LAYERS, measure, control }).sort((a, b) => a.strength - b.strength), (row) => row.strength,
         control ? { line: { dash: 'dot' } } : {})).filter((one) => one.x.length),
       layout: layout('strength (multiples of its largest value)', measure === 'damage' ? 'bits' : 'share'),
     }));
@@ -117,7 +119,7 @@ function saeFigure(table) {
     different(table.measure).map((m) => [m, m.replaceAll('_', ' ')]), (measure) => ({
       data: different(table.comparison).map((comparison) => {
         const rows = rowsWhere(table, { comparison, measure }).sort((a, b) => a.layer - b.layer);
-        return line(comparison.replaceAll('_', ' '), rows, (row) => `${row.layer < 0 ? 'all layers' : `layer ${row.layer}`}, ${row.a} – ${row.b}`, { mode: 'markers', marker: { size: 9 } });
+        return line(comparison.replaceAll('_', ' '), rows, (row) => `${row.layer === ALL_LAYERS ? 'all layers' : `layer ${row.layer}`}, ${row.a} – ${row.b}`, { mode: 'markers', marker: { size: 9 } });
       }),
       layout: layout('', 'share', { yaxis: { rangemode: 'tozero' } }),
     }));

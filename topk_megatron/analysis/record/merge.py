@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from topk_megatron.analysis.corpus import Corpus, token_texts
-from topk_megatron.analysis.record import parts
 from topk_megatron.analysis.record.block import Sizes, strongest
+from topk_megatron.analysis.record.parts import LayerParts
 from topk_megatron.analysis.tables import read_table, write_parts, write_table
 
 VOCABULARY = pa.schema([("token", pa.int32()), ("text", pa.string()), ("count", pa.int64())])
@@ -68,40 +68,44 @@ def merge_layer(directory: Path, plan: dict[str, Any], layer: int, sizes: Sizes)
 
     The last three go to ``parts/``; `merge_run` makes one file of all layers from each.
     """
-    paths = [parts.part_path(directory, block) for block in range(plan["blocks"])]
+    of_layer = LayerParts(directory, plan["blocks"], layer)
     mass = np.zeros(sizes.width)
-    target = directory / "histograms" / f"layer-{layer:03d}.parquet"
-    write_parts(target, HISTOGRAM, _histograms(paths, layer, sizes, mass))
-    aside = directory / "parts"
-    write_table(aside / f"neurons-{layer:03d}.parquet", _neurons(paths, layer, sizes, mass))
-    write_table(aside / f"examples-{layer:03d}.parquet", _examples(paths, layer, sizes))
     chosen = np.random.default_rng([layer, 0]).permutation(sizes.width)[: plan["bootstrap_neurons"]]
-    write_parts(
-        aside / f"blocks-{layer:03d}.parquet",
-        BLOCKS,
-        _blocks(paths, layer, sizes, np.sort(chosen)),
-    )
+    aside = directory / "parts"
+    # Each table is computed when its turn to be written comes: moments need the histograms' mass.
+    tables = {
+        directory / "histograms" / f"layer-{layer:03d}.parquet": (
+            HISTOGRAM,
+            _histograms(of_layer, sizes, mass),
+        ),
+        aside / f"neurons-{layer:03d}.parquet": (NEURONS, _neurons(of_layer, layer, sizes, mass)),
+        aside / f"examples-{layer:03d}.parquet": (EXAMPLES, _examples(of_layer, layer, sizes)),
+        aside / f"blocks-{layer:03d}.parquet": (
+            BLOCKS,
+            _blocks(of_layer, layer, sizes, np.sort(chosen)),
+        ),
+    }
+    for path, (schema, rows) in tables.items():
+        write_parts(path, schema, rows)
 
 
 def merge_run(directory: Path, plan: dict[str, Any], tokenizer: Any, corpus: Corpus) -> None:
     """Join the tables of all layers, and write the vocabulary."""
-    kinds = (("neurons", NEURONS), ("examples", EXAMPLES), ("blocks", BLOCKS))
-    for name, schema in kinds:
-        files = [directory / "parts" / f"{name}-{layer:03d}.parquet" for layer in plan["layers"]]
-        layers = (read_table(file) for file in files)
-        write_parts(directory / f"{name}.parquet", schema, layers)
     vocab_size = plan["model"]["vocab_size"]
     columns = [
         np.arange(vocab_size, dtype=np.int32),
         token_texts(tokenizer, vocab_size),
         corpus.counts(vocab_size),
     ]
+    kinds = (("neurons", NEURONS), ("examples", EXAMPLES), ("blocks", BLOCKS))
+    for name, schema in kinds:
+        files = [directory / "parts" / f"{name}-{layer:03d}.parquet" for layer in plan["layers"]]
+        layers = (read_table(file) for file in files)
+        write_parts(directory / f"{name}.parquet", schema, layers)
     write_table(directory / "vocabulary.parquet", pa.table(columns, schema=VOCABULARY))
 
 
-def _histograms(
-    paths: list[Path], layer: int, sizes: Sizes, mass_of: np.ndarray
-) -> Iterator[pa.Table]:
+def _histograms(of_layer: LayerParts, sizes: Sizes, mass_of: np.ndarray) -> Iterator[pa.Table]:
     """Yield row groups of whole neurons; fill `mass_of` [N] on the way."""
     vocab = sizes.vocab_size
     step = max(1, _PAIRS // vocab)
@@ -109,8 +113,7 @@ def _histograms(
         end = min(begin + step, sizes.width)
         counts = np.zeros((end - begin) * vocab, dtype=np.int64)
         mass = np.zeros((end - begin) * vocab)
-        for path in paths:
-            part = parts.read(path, layer, ("keys", "counts", "mass"))
+        for part in of_layer("keys", "counts", "mass"):
             low, high = np.searchsorted(part["keys"], (begin * vocab, end * vocab))
             keys = part["keys"][low:high] - begin * vocab
             counts[keys] += part["counts"][low:high]  # keys of a part are distinct
@@ -134,13 +137,14 @@ def _whole_neurons(columns: list[np.ndarray], neurons: np.ndarray) -> Iterator[p
         begin = end
 
 
-def _neurons(paths: list[Path], layer: int, sizes: Sizes, mass: np.ndarray) -> pa.Table:
+def _neurons(
+    of_layer: LayerParts, layer: int, sizes: Sizes, mass: np.ndarray
+) -> Iterator[pa.Table]:
     count = np.zeros(sizes.width, dtype=np.int64)
     sums, squares = np.zeros(sizes.width), np.zeros(sizes.width)
     largest = np.full(sizes.width, -np.inf, dtype=np.float32)
     smallest = np.full(sizes.width, np.inf, dtype=np.float32)
-    for path in paths:
-        part = parts.read(path, layer, tuple(f"moments/{name}" for name in _MOMENTS))
+    for part in of_layer(*(f"moments/{name}" for name in _MOMENTS)):
         count += part["moments/count"]
         sums += part["moments/sum"]
         squares += part["moments/sum_squares"]
@@ -153,14 +157,13 @@ def _neurons(paths: list[Path], layer: int, sizes: Sizes, mass: np.ndarray) -> p
         *(count, mass, sums, squares),
         *(pa.array(extreme, mask=silent) for extreme in (largest, smallest)),
     ]
-    return pa.table(columns, schema=NEURONS)
+    yield pa.table(columns, schema=NEURONS)
 
 
-def _examples(paths: list[Path], layer: int, sizes: Sizes) -> pa.Table:
+def _examples(of_layer: LayerParts, layer: int, sizes: Sizes) -> Iterator[pa.Table]:
     best: dict[str, np.ndarray] | None = None
-    for path in paths:
-        part = parts.read(path, layer, tuple(f"top/{name}" for name in _TOP))
-        part = {name: part[f"top/{name}"] for name in _TOP}
+    for stored in of_layer(*(f"top/{name}" for name in _TOP)):
+        part = {name: stored[f"top/{name}"] for name in _TOP}
         if best is not None:
             part = {name: np.concatenate([best[name], part[name]]) for name in _TOP}
         strength = np.abs(part["value"]) if sizes.mode == "abs" else part["value"]
@@ -169,7 +172,7 @@ def _examples(paths: list[Path], layer: int, sizes: Sizes) -> pa.Table:
         kept = strongest(neurons, strength, sizes, rows)[2]
         best = {name: part[name][kept] for name in _TOP}
     assert best is not None
-    return _example_table(best, layer, sizes)
+    yield _example_table(best, layer, sizes)
 
 
 def _example_table(best: dict[str, np.ndarray], layer: int, sizes: Sizes) -> pa.Table:
@@ -191,10 +194,11 @@ def _example_table(best: dict[str, np.ndarray], layer: int, sizes: Sizes) -> pa.
     return pa.table(columns, schema=EXAMPLES)
 
 
-def _blocks(paths: list[Path], layer: int, sizes: Sizes, chosen: np.ndarray) -> Iterator[pa.Table]:
+def _blocks(
+    of_layer: LayerParts, layer: int, sizes: Sizes, chosen: np.ndarray
+) -> Iterator[pa.Table]:
     found: list[list[np.ndarray]] = []
-    for block, path in enumerate(paths):
-        part = parts.read(path, layer, ("keys", "counts", "mass"))
+    for block, part in enumerate(of_layer("keys", "counts", "mass")):
         kept = np.isin(part["keys"] // sizes.vocab_size, chosen)
         keys = part["keys"][kept]
         found.append(

@@ -6,6 +6,7 @@ Legend: T tokens of the block, K survivors per token.
 import contextlib
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,31 +45,43 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the arrays under the names ``PREFIX/NAME``."""
-    return {f"{prefix}/{name}": array for name, array in arrays.items()}
-
-
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a part in one step."""
+def write(path: Path, found: dict[int, dict[str, np.ndarray]]) -> None:
+    """Write the aggregates of a block, by layer and name, in one step."""
+    arrays = {f"{layer}/{name}": a for layer, own in found.items() for name, a in own.items()}
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def read(path: Path, layer: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read some arrays of one layer from a part.
+class LayerParts:
+    """The aggregates of one layer, by block."""
 
-    Raises:
-        AnalysisError: the part is damaged.
-    """
-    try:
-        with np.load(path) as archive:
-            return {name: archive[f"{layer}/{name}"] for name in names}
-    except _DAMAGE as error:
-        raise AnalysisError(
-            f"{path} is damaged ({error}); delete it and repeat the command: the other blocks "
-            "are kept"
-        ) from error
+    def __init__(self, directory: Path, blocks: int, layer: int) -> None:
+        """Name the parts; nothing is read yet.
+
+        Args:
+            directory: the run's folder.
+            blocks: how many blocks the run has.
+            layer: the layer whose arrays to read.
+        """
+        self._paths = [part_path(directory, block) for block in range(blocks)]
+        self._layer = layer
+
+    def __call__(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the named arrays of each block in turn.
+
+        Raises:
+            AnalysisError: a part is damaged.
+        """
+        for path in self._paths:
+            try:
+                with np.load(path) as archive:
+                    part = {name: archive[f"{self._layer}/{name}"] for name in names}
+            except _DAMAGE as error:
+                raise AnalysisError(
+                    f"{path} is damaged ({error}); delete it and repeat the command: the other "
+                    "blocks are kept"
+                ) from error
+            yield part
 
 
 def write_activations(
@@ -89,12 +102,13 @@ def write_activations(
     """
     name = f"block-{block:06d}.parquet"
     positions = text.first + np.arange(len(text.tokens))
+    layers = (_layer(run, n, positions, text.documents, *pair) for n, pair in states.items())
     columns = [positions, text.documents, text.tokens.astype(np.int32)]
     write_table(directory / "tokens" / name, pa.table(columns, schema=TOKENS))
     write_parts(
         directory / "activations" / name,
         ACTIVATIONS,
-        (_layer(run, layer, positions, text.documents, *pair) for layer, pair in states.items()),
+        layers,
         use_dictionary=["run"],
         column_encoding={
             "layer": "DELTA_BINARY_PACKED",

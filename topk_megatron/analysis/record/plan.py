@@ -100,27 +100,3 @@ def make_plan(source: ActivationSource, corpus: Corpus, config: RecordConfig) ->
         "bootstrap_neurons": config.bootstrap_neurons,
         "raw": config.raw,
     }
-
-
-def check_same(before: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Refuse to continue or keep a run that has another plan.
-
-    Paths may differ: model and text are compared by their fingerprints.
-
-    Raises:
-        AnalysisError: the plans differ.
-    """
-    one, other = _without_paths(before), _without_paths(plan)
-    different = [name for name in other if one.get(name) != other[name]]
-    if different:
-        raise AnalysisError(
-            f"the run {plan['run']} was started with another {', '.join(different)}; choose "
-            "another --name, or give --overwrite to replace it"
-        )
-
-
-def _without_paths(plan: dict[str, Any]) -> dict[str, Any]:
-    named = {name: dict(plan.get(name) or {}) for name in ("model", "corpus")}
-    for entry in named.values():
-        entry.pop("path", None)
-    return {**plan, **named}

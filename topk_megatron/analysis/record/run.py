@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from topk_megatron.analysis.corpus import Corpus, check_tokenizer
 from topk_megatron.analysis.record import parts
 from topk_megatron.analysis.record.block import BlockText, Sizes, aggregates
 from topk_megatron.analysis.record.merge import merge_layer, merge_run
-from topk_megatron.analysis.record.plan import RecordConfig, check_same, make_plan
+from topk_megatron.analysis.record.plan import RecordConfig, make_plan
 from topk_megatron.analysis.sources import ActivationSource
 from topk_megatron.analysis.study import Run, open_run, read_json, run_directory
 from topk_megatron.errors import AnalysisError
@@ -139,10 +140,10 @@ class _Recorder:
         if manifest.exists():
             before = read_json(manifest)
             before.pop("files", None)
-            check_same(before, self.plan)
+            _check_same(before, self.plan)
             return False
         if plan.exists():
-            check_same(read_json(plan), self.plan)
+            _check_same(read_json(plan), self.plan)
         elif ranks.rank == 0:
             write_json(plan, self.plan)
         if ranks.rank == 0:
@@ -161,12 +162,13 @@ class _Recorder:
         documents = self.corpus.documents_of(np.arange(first, last))
         text = BlockText(tokens, documents, first, self.seq_length)
         states = self._states(tokens)
+        found = {
+            layer: aggregates(neurons, values, text, self.sizes)
+            for layer, (values, neurons) in states.items()
+        }
         if self.config.raw:
             parts.write_activations(self.directory, number, self.config.run, text, states)
-        arrays: dict[str, np.ndarray] = {}
-        for layer, (values, neurons) in states.items():
-            arrays |= parts.prefixed(str(layer), aggregates(neurons, values, text, self.sizes))
-        parts.write(part, arrays)
+        parts.write(part, found)  # last: it says that the block is done
         return last - first
 
     def _states(self, tokens: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -220,3 +222,27 @@ class _Recorder:
         )
         write_json(self.directory / "manifest.json", {**self.plan, "files": files})
         shutil.rmtree(self.directory / "parts")
+
+
+def _check_same(before: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Refuse to continue or keep a run that has another plan.
+
+    Paths may differ: model and text are compared by their fingerprints.
+
+    Raises:
+        AnalysisError: the plans differ.
+    """
+    one, other = _without_paths(before), _without_paths(plan)
+    different = [name for name in other if one.get(name) != other[name]]
+    if different:
+        raise AnalysisError(
+            f"the run {plan['run']} was started with another {', '.join(different)}; choose "
+            "another --name, or give --overwrite to replace it"
+        )
+
+
+def _without_paths(plan: dict[str, Any]) -> dict[str, Any]:
+    named = {name: dict(plan.get(name) or {}) for name in ("model", "corpus")}
+    for entry in named.values():
+        entry.pop("path", None)
+    return {**plan, **named}

@@ -5,12 +5,12 @@ Two shared libraries, each with a switch of its own in the environment:
     TOPK_MEGATRON_BUILD_CPU    auto (default) | force | off
     TOPK_MEGATRON_BUILD_CUDA   auto (default) | force | off
 
-`auto` builds what it can. What it cannot build is left out, and the reason is installed beside the
+`auto` builds what it can. It leaves out what it cannot build and installs the reason next to the
 package, where the fallback's warning finds it. `force` turns the same problem into an error. CUDA
-code is made for TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX) by the toolkit in CUDA_HOME, or
-else by the one behind `nvcc`. The compiler is CXX, or else c++.
+code targets TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX) and is compiled by the toolkit in
+CUDA_HOME, or else by the one behind `nvcc`. The C++ compiler is CXX, or else c++.
 
-Only torch's stable ABI is used: a build serves every torch from TORCH_TARGET_VERSION on.
+Only torch's stable ABI is used: a build works with every torch from TORCH_TARGET_VERSION on.
 """
 
 import os

@@ -25,7 +25,7 @@ _SCRIPT = """\
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=TERM@600
 #SBATCH --gpus-per-node={gpus}
-# Sites differ in these; uncomment those that yours needs.
+# Sites differ here; uncomment what your site needs.
 ##SBATCH --exclusive
 ##SBATCH --partition=gpu
 ##SBATCH --time=24:00:00

@@ -1,8 +1,8 @@
 """Ten published training runs: arXiv 2104.04473, table 1.
 
-They are GPT models with sequences of 2048 tokens and a vocabulary of 51,200, on A100s of 80 GB, eight
-per node, with HDR InfiniBand and full recompute. The table gives neither the microbatch size nor the
-depth of interleaving; we assume 1 and none.
+They are GPT models with sequences of 2048 tokens and a vocabulary of 51,200, on A100s of 80 GB,
+eight per node, with HDR InfiniBand and full recompute. The table gives neither the microbatch size
+nor the depth of interleaving; we assume 1 and none.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Published(NamedTuple):
     teraflops: float
 
     def operations(self) -> float:
-        """Return a step's operations as the paper counts them: with recompute, attention not halved."""
+        """Return a step's operations as in the paper: with recompute, attention not halved."""
         size = self.layers * self.hidden**2
         scores = SEQUENCE / (6 * self.hidden)
         output = VOCABULARY / (16 * self.layers * self.hidden)

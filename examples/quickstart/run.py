@@ -74,10 +74,12 @@ def main() -> None:
     measured = evaluate(args.directory, list(folders.values()), held_out(plays)[-1])
     samples = {name: sample(folder, args.sample_tokens) for name, folder in folders.items()}
     report = study(args.directory, folders, dataset)
+    neuron = draw_neuron(args.directory, folders["topk"], dataset)
     picture = plot_losses(models, args.directory / "loss.png")
     print(compare(models, samples, PROMPT))
     print(f"\n== the converted models on one of these plays and two tasks\n\n{measured}")
     print(f"loss curves: {picture}")
+    print(f"one neuron: {neuron}")
     print(f"neurons (open it in a browser): {report}")
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
@@ -201,6 +203,16 @@ def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
     ):
         tool("analyze.py", *command)
     return results / "report.html"
+
+
+def draw_neuron(directory: Path, folder: Path, dataset: Path) -> Path:
+    """Draw one neuron of the TopK model, as in the README; return the picture."""
+    step("drawing a neuron")
+    path = directory / "neuron.png"
+    script = str(HERE / "neuron_picture.py")
+    where = ("--study", directory / "study", "--model", folder, "--corpus", dataset)
+    run([sys.executable, script, *map(str, where), "--output", str(path)])
+    return path
 
 
 def sample(folder: Path, tokens: int) -> str:

@@ -1,10 +1,10 @@
-# Two images of one checkout (docs/cluster.md):
+# Two images built from one checkout (docs/cluster.md):
 #
 #     docker build --target training -t topk-megatron .             GPUs; NVIDIA's PyTorch image
 #     docker build --target analysis -t topk-megatron:analysis .    CPUs; Debian
 #
-# Pins are those of constraints.txt. pip's own variables (PIP_INDEX_URL and others) can be given as
-# build arguments. The analysis stages are also run without Docker: contrib/run_stage_in_chroot.py.
+# constraints.txt pins the packages. pip's own variables (PIP_INDEX_URL and others) can be passed as
+# build arguments. contrib/run_stage_in_chroot.py runs the analysis stages without Docker.
 ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:26.09-py3
 ARG DEBIAN=debian:trixie-slim
 
@@ -49,7 +49,7 @@ HEALTHCHECK --interval=60s --timeout=30s --start-period=60s \
 ENTRYPOINT ["python"]
 CMD ["tools/analyze.py", "--help"]
 
-# ---- training: Megatron, both kernels; Transformer Engine and Apex are the base's ---------------
+# ---- training: Megatron, both kernels; the base has Transformer Engine and Apex -----------------
 FROM ${NGC_PYTORCH} AS training-build
 WORKDIR /opt/topk_megatron
 COPY setup.py pyproject.toml README.md LICENSE ./
@@ -64,7 +64,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/topk_megatron
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
-# torch and numpy stay as they are: the base's other packages are built against them.
+# torch and numpy stay unchanged: the base's other packages are built against them.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python docker/requirements.py train hf deepspeed --keep torch numpy --into /tmp/pip \
     && PIP_CONSTRAINT='' pip install --no-build-isolation \

@@ -1,4 +1,4 @@
-"""Reads a Dockerfile and a .dockerignore: as much of both as this project's own use."""
+"""Reads the subset of Dockerfile and .dockerignore syntax that this project uses."""
 
 import fnmatch
 import re
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Stage:
-    """One FROM and what follows it.
+    """One FROM and the instructions after it.
 
     Attributes:
-        base: image or earlier stage.
-        steps: (keyword, value) in order, continuation lines joined.
+        base: An image or an earlier stage.
+        steps: (keyword, value) in order, with continuation lines joined.
     """
 
     base: str
@@ -19,7 +19,7 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """Stages by name. Arguments before the first FROM are put in where FROM names them."""
+    """Return the stages by name; fills arguments before the first FROM into FROM lines."""
     joined = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.M))
     stages: dict[str, Stage] = {}
     defaults: dict[str, str] = {}
@@ -39,12 +39,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    """Put variables in, as Docker does outside of RUN."""
+    """Replace variables by their values, as Docker does outside RUN."""
     return re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], ""), text)
 
 
 def ignored(path: str, patterns: list[str]) -> bool:
-    """Whether .dockerignore leaves a path (relative to the context) out; the last match counts."""
+    """Return whether .dockerignore excludes a path of the context; the last match counts."""
     parts = path.split("/")
     out = False
     for pattern in patterns:

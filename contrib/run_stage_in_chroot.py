@@ -4,12 +4,13 @@
     contrib/run_stage_in_chroot.py analysis DIR                     build, check health, run CMD
     contrib/run_stage_in_chroot.py analysis DIR -- tools/analyze.py record --help
 
-The Dockerfile is read and its instructions are carried out: FROM debian:… is a root made by
+The script reads the Dockerfile and carries out its instructions: FROM debian:… makes a root with
 debootstrap, RUN runs in it, COPY obeys .dockerignore, and at the end HEALTHCHECK and ENTRYPOINT run
-as USER. No engine, daemon or image is needed; root and the package debootstrap are. RUN steps get a
-copy of the host's certificates, and pip's cache, which is all of the host that they can write.
+as USER. It needs root and the package debootstrap, but no engine, daemon or image. RUN steps get a
+copy of the host's certificates and access to pip's cache, the only part of the host that they can
+write.
 
-What differs from Docker: no layers, no isolation but a mount namespace, one platform.
+Unlike Docker it has no layers, only one platform, and no isolation but a mount and a PID namespace.
 """
 
 import argparse
@@ -38,7 +39,7 @@ UNSUITABLE = 3
 
 @dataclass
 class Root:
-    """A root that is being built, and the settings that later steps run under."""
+    """A root that is being built, and the settings for its later steps."""
 
     path: Path
     variables: dict[str, str]
@@ -50,7 +51,7 @@ class Root:
 
 
 class Builder:
-    """Carries out stages, each in a root below one directory."""
+    """Carries out stages, each in a root inside one directory."""
 
     def __init__(self, directory: Path, dockerfile: Path) -> None:
         self.directory = directory
@@ -60,7 +61,7 @@ class Builder:
         self.roots: dict[str, Root] = {}
 
     def build(self, name: str) -> Root:
-        """Build a stage and those that it needs."""
+        """Build a stage and the stages that it needs."""
         if name in self.roots:
             return self.roots[name]
         if name not in self.stages:
@@ -80,10 +81,10 @@ class Builder:
         return root
 
     def start(self, name: str, base: str) -> Root:
-        """An empty Debian, made once and copied."""
+        """Copy an empty Debian, which is made once."""
         image = re.fullmatch(r"debian:(\w+)-slim", base)
         if not image:
-            stop(f"stage {name} begins with {base}; only debian:SUITE-slim can be made here")
+            stop(f"stage {name} starts from {base}; only debian:SUITE-slim can be made here")
         suite = self.directory / f"debian-{image[1]}"
         if not suite.exists():
             begun = time.perf_counter()
@@ -102,7 +103,7 @@ class Builder:
         return Root(path, {"PATH": default})
 
     def carry_out(self, root: Root, keyword: str, value: str) -> None:
-        """One instruction."""
+        """Carry out one instruction."""
         if keyword == "RUN":
             mounts = re.findall(r"--mount=type=cache,target=(\S+)", value)
             command = re.sub(r"--mount=\S+\s+", "", value)
@@ -129,10 +130,10 @@ class Builder:
         elif keyword == "CMD":
             root.command = json.loads(value)
         elif keyword != "STOPSIGNAL":
-            stop(f"{keyword} is not known to this script")
+            stop(f"this script does not know the instruction {keyword}")
 
     def copy(self, root: Root, value: str) -> None:
-        """COPY [--from=STAGE] SOURCE… TARGET."""
+        """Carry out COPY [--from=STAGE] SOURCE… TARGET."""
         origin = re.match(r"--from=(\S+)\s+", value)
         *sources, target = (value[origin.end() :] if origin else value).split()
         goal = inside(root, target)
@@ -142,19 +143,19 @@ class Builder:
                 many = target.endswith("/") or len(sources) > 1
                 goal.parent.mkdir(parents=True, exist_ok=True)
                 to = goal / place.name if many else goal
-                # Links cost neither time nor room; nothing changes files in place later.
+                # Links cost neither time nor space; nothing changes files in place later.
                 subprocess.run(["cp", "--archive", "--link", str(place), str(to)], check=True)
             else:
                 self.copy_context(source, goal, target.endswith("/") or len(sources) > 1)
 
     def copy_context(self, source: str, goal: Path, into: bool) -> None:
-        """Files of the checkout, without what .dockerignore names."""
+        """Copy files of the checkout, except those that .dockerignore excludes."""
         place = PROJECT / source
         files = [place] if place.is_file() else [f for f in place.rglob("*") if f.is_file()]
         files = [f for f in files if ".git" not in f.relative_to(PROJECT).parts]
         files = [f for f in files if not ignored(f.relative_to(PROJECT).as_posix(), self.patterns)]
         if not files:
-            stop(f"COPY {source}: not in the checkout, or .dockerignore leaves it out")
+            stop(f"COPY {source}: not in the checkout, or .dockerignore excludes it")
         for file in files:
             if place.is_file():
                 to = goal / file.name if into else goal
@@ -165,22 +166,28 @@ class Builder:
 
 
 def inside(root: Root, path: str) -> Path:
-    """Where a path of the container lies on this machine."""
+    """Return where a path of the container is on this machine."""
     return root.path / os.path.normpath(os.path.join(root.directory, path)).lstrip("/")
 
 
 def mirror() -> list[str]:
-    """Where this machine's apt gets Debian from; debootstrap knows a default."""
+    """Return the mirror from which this machine's apt gets Debian; debootstrap has a default."""
     listing = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
     found = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
     return [uri for uri in found if uri.rstrip("/").endswith("/debian")][:1]
 
 
 def run(root: Root, command: list[str], user: str, caches: list[str] | None = None) -> int:
-    """Run a command in the root, in a mount namespace of its own; returns its exit code.
+    """Run a command in the root, in mount and PID namespaces of its own.
 
     Args:
-        caches: where RUN wants pip's cache; None outside of RUN, when nothing is lent.
+        root: The root.
+        command: The command and its arguments.
+        user: The user to run as.
+        caches: Where RUN wants pip's cache; None outside RUN, when nothing of the host is lent.
+
+    Returns:
+        The exit code.
     """
     lent = {} if caches is None else lent_variables()
     variables = {**lent, **root.variables, "HOME": home(root, user)}
@@ -193,10 +200,10 @@ def run(root: Root, command: list[str], user: str, caches: list[str] | None = No
 
 
 def mounts(root: Root, caches: list[str] | None) -> list[str]:
-    """Shell lines that give a root what programs need.
+    """Return the shell lines that mount what programs need into a root.
 
-    A package's scripts run as root in there, so that nothing of this machine may be writable but
-    pip's cache: /dev has a few nodes only, and the certificates are a copy.
+    The scripts of packages run there as root, so only pip's cache may be writable on this machine:
+    /dev has only a few nodes, and the certificates are a copy.
     """
     lines = [f"mount -t proc proc {root.path}/proc", f"mount -t tmpfs tmpfs {root.path}/dev"]
     for node in DEVICES:
@@ -217,7 +224,7 @@ def mounts(root: Root, caches: list[str] | None) -> list[str]:
 
 
 def lent_variables() -> dict[str, str]:
-    """What pip has to know to get out of this machine."""
+    """Return the variables that pip needs to reach the network from this machine."""
     found = {name: os.environ[name] for name in LENT_VARIABLES if name in os.environ}
     if Path(CERTIFICATES).is_file():
         found |= {"PIP_CERT": LENT_CERTIFICATES, "SSL_CERT_FILE": LENT_CERTIFICATES}
@@ -225,7 +232,7 @@ def lent_variables() -> dict[str, str]:
 
 
 def home(root: Root, user: str) -> str:
-    """The home directory of a user, given by name or number, as Docker sets it."""
+    """Return a user's home directory, by name or number, as Docker sets it."""
     for line in (root.path / "etc" / "passwd").read_text().splitlines():
         name, _, number, _, _, directory, _ = line.split(":")
         if user in (name, number):
@@ -234,25 +241,25 @@ def home(root: Root, user: str) -> str:
 
 
 def stop(reason: str, code: int = 1) -> NoReturn:
-    """End with one line."""
+    """Exit with one line."""
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(code)
 
 
 def main() -> int:
-    """Build, then what `docker run` would do; returns the exit code."""
+    """Build, then do what `docker run` would do; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage")
-    parser.add_argument("directory", type=Path, help="for the roots; may be used again")
-    parser.add_argument("arguments", nargs="*", help="after --: instead of CMD")
+    parser.add_argument("directory", type=Path, help="directory of the roots; can be reused")
+    parser.add_argument("arguments", nargs="*", help="after --: replaces CMD")
     parser.add_argument("--dockerfile", type=Path, default=PROJECT / "Dockerfile")
     args = parser.parse_args()
     if os.geteuid() or not shutil.which("debootstrap"):
         stop("this needs root and debootstrap", UNSUITABLE)
     args.directory.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs in the root ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that programs in the root end too
     root = Builder(args.directory.resolve(), args.dockerfile).build(args.stage)
     size = subprocess.run(["du", "-sm", str(root.path)], capture_output=True, text=True).stdout
     print(f"{args.stage}: {size.split()[0]} MB in {root.path}", flush=True)

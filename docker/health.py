@@ -1,10 +1,10 @@
-"""Whether a container can do its work; for HEALTHCHECK. Prints what is wrong and exits with 1.
+"""Checks for HEALTHCHECK whether a container can work. Prints a problem and exits with 1.
 
-- the compiled operator is there;
-- where the container has GPUs, the driver answers (a GPU that fell off the bus makes it hang);
-- an explorer that listens on its port answers.
+- The compiled operator exists.
+- Where the container has GPUs, the driver answers (a GPU that fell off the bus makes it hang).
+- An explorer that listens on its port answers.
 
-Uses no torch, so that a check costs milliseconds beside a training run.
+It uses no torch, so that a check takes only milliseconds from a training run.
 """
 
 import socket
@@ -20,7 +20,7 @@ SECONDS = 10
 
 
 def library_problem(ops: Path) -> str | None:
-    """A kernel that was not built, or is empty."""
+    """Return the problem if a kernel was not built or is damaged."""
     for note in sorted(ops.glob("_build_error_*.txt")):
         return f"{note.stem.removeprefix('_build_error_')} kernel was not built: {note}"
     libraries = list(ops.glob("_topk_mask_*.so"))
@@ -34,7 +34,7 @@ def library_problem(ops: Path) -> str | None:
 
 
 def gpu_problem(devices: Path = Path("/dev"), command: str = "nvidia-smi") -> str | None:
-    """A driver that does not answer, where there are GPUs."""
+    """Return the problem if there are GPUs and the driver does not answer."""
     if not any(devices.glob("nvidia[0-9]*")):
         return None
     try:
@@ -45,11 +45,11 @@ def gpu_problem(devices: Path = Path("/dev"), command: str = "nvidia-smi") -> st
 
 
 def explorer_problem(port: int = EXPLORER) -> str | None:
-    """An explorer that listens and does not answer."""
+    """Return the problem if an explorer listens but does not answer."""
     with socket.socket() as probe:
         probe.settimeout(1)
         if probe.connect_ex(("127.0.0.1", port)):
-            return None  # nobody listens: this container does something else
+            return None  # nothing listens: this container does something else
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=SECONDS).close()
     except (OSError, urllib.error.URLError) as error:
@@ -58,7 +58,7 @@ def explorer_problem(port: int = EXPLORER) -> str | None:
 
 
 def main() -> int:
-    """Returns: the exit code."""
+    """Print the first problem; return the exit code."""
     problem = library_problem(OPS) or gpu_problem() or explorer_problem()
     if problem:
         print(problem)

@@ -1,10 +1,10 @@
-"""What pip is to install into an image: the requirements of chosen extras, under pinned versions.
+"""Writes what pip installs into an image: the requirements of chosen extras, and their pins.
 
     python docker/requirements.py train hf --keep torch numpy --into /tmp/requirements
 
-writes requirements.txt and constraints.txt. A kept package stays as the base image has it (NVIDIA's
-images bring their own build of torch): its pin gives way to the installed version, and those of
-CUDA's packages and triton, which belong to torch, are left out. Needs nothing but Python.
+writes requirements.txt and constraints.txt. A kept package stays at the base image's version
+(NVIDIA's images bring their own build of torch): the installed version replaces its pin, and the
+pins of CUDA's packages and triton, which belong to torch, are left out. Needs only Python.
 """
 
 import argparse
@@ -19,10 +19,10 @@ _OF_TORCH = re.compile(r"nvidia-|cuda-|triton==")
 
 
 def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
-    """Of the project itself and these extras, with extras that name other extras resolved.
+    """Return the requirements of the project and these extras; resolves extras within extras.
 
     Raises:
-        SystemExit: there is no such extra.
+        SystemExit: If there is no such extra.
     """
     known: dict[str, list[str]] = project["optional-dependencies"]
     found = list(project["dependencies"])
@@ -42,10 +42,10 @@ def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
 
 
 def constraints(lines: list[str], keep: list[str]) -> list[str]:
-    """Pins, with kept packages as they are installed here.
+    """Return the pins, with kept packages at the versions that are installed here.
 
     Raises:
-        SystemExit: a package to keep is not installed.
+        SystemExit: If a package to keep is not installed.
     """
     pins = [line for line in lines if "==" in line and not line.startswith("#")]
     if not keep:

@@ -1,4 +1,4 @@
-"""What the documentation's pages need to become a site."""
+"""A hook that prepares the documentation's pages for the site."""
 
 import posixpath
 import re
@@ -8,7 +8,7 @@ _LINK = re.compile(r"\[([^\]]+)\]\(([^)#]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show links to files outside of docs/ as paths: the site does not hold those files."""
+    """Show links to files outside docs/ as paths, because the site lacks those files."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def replace(match: "re.Match[str]") -> str:

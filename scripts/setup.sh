@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv: finds or gets Python 3.12 or newer, installs the pinned dependencies, builds the
-# extension. Does nothing where everything is in place. Set PYTHON to choose an interpreter.
+# Sets up .venv: finds or fetches Python 3.12 or newer, installs the pinned dependencies and builds the
+# extension. Does nothing if everything is in place. Set PYTHON to choose an interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -71,7 +71,7 @@ if [ "$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)" != "$packages" ]; then
     # torch and setuptools come first: the extension is built against exactly this torch.
     run_logged $pip setuptools ninja torch numpy
     run_logged $pip --no-build-isolation --editable '.[dev]'
-    # Exported models serve transformers 4.57 too; tests put this folder in front of the newer one.
+    # Exported models also work with transformers 4.57; tests put this folder before the newer version.
     rm -rf "$venv/transformers-4"
     run_logged "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps \
         --target "$venv/transformers-4" --requirement constraints-transformers-4.txt

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes on this machine's loopback, for tests and for trying the scripts of
+# A Slurm cluster of two nodes on this machine's loopback, to test and try the scripts of
 # examples/slurm: Debian's slurmctld, slurmd and munge, in a directory of their own.
 #
 #     scripts/slurm_on_loopback.sh start DIR    prints the line to export: SLURM_CONF=DIR/slurm.conf
 #     scripts/slurm_on_loopback.sh stop DIR
 #
-# Needs root, since slurmd starts jobs as their users. Installs the packages where apt-get has them.
-# Nothing outside DIR is written, and every daemon listens on 127.0.0.1 only.
+# Needs root, since slurmd starts jobs as their users. Installs missing packages with apt-get.
+# The daemons write nothing outside DIR and listen on 127.0.0.1 only.
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -28,7 +28,7 @@ install_packages() {
 }
 
 write_configuration() {
-    # Ports are drawn by the directory's name, so that two clusters can live side by side.
+    # Ports are derived from the directory's name, so that two clusters can run at the same time.
     local base=$((17000 + $(cksum <<<"$dir" | cut -d' ' -f1) % 900 * 10))
     cat >"$dir/slurm.conf" <<EOF
 ClusterName=loopback
@@ -54,8 +54,8 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=2
 KillWait=5
 ReturnToService=2
-# What examples/slurm relies on: jobs of "low" give way to jobs of "high", with time to save, and a
-# job that ends with 75 goes back into the queue.
+# examples/slurm relies on this: jobs of "low" give way to jobs of "high", with time to save, and a
+# job that ends with 75 returns to the queue.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 RequeueExit=75

@@ -1,12 +1,13 @@
-"""What a model costs on a cluster: memory, traffic, time, the best layout, its launch script.
+"""Estimate what a model costs on a cluster: memory, traffic, time, the best layout.
 
     python tools/plan.py configs/70b.args --gpu h100 --nodes 64 --write runs/70b
     python tools/plan.py --nodes 2 -- --num-layers 32 --hidden-size 4096 --vocab-size 32000 …
     python tools/plan.py --dry-run configs/500b.args
 
-The model comes from an argument file, from flags of pretraining after --, or both (the flags win).
-All figures are estimates. --dry-run builds every pipeline stage with Megatron's own code without
-memory or hardware, and checks parameters, shards and TopK layers.
+The model comes from an argument file, from pretraining flags after --, or from both (the flags
+win). All figures are estimates. --write also writes a script that starts the run. --dry-run builds
+every pipeline stage with Megatron's own code, without memory or hardware, and checks parameters,
+shards and TopK layers.
 """
 
 import argparse
@@ -27,42 +28,50 @@ from topk_megatron.plan.search import search
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The command line before ``--``."""
+    """Parse the command line before ``--``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, nargs="?", help="argument file, as those of configs/")
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="argument file, such as those in configs/"
+    )
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default: h100)")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument(
         "--link",
         default="ndr",
-        help=f"between nodes: one of {', '.join(LINKS)}, or GB/s a GPU (default: %(default)s)",
+        help=f"between nodes: one of {', '.join(LINKS)}, or GB/s per GPU (default: %(default)s)",
     )
     parser.add_argument(
-        "--nvlink", type=float, help="inside a node, GB/s a GPU in one direction (default: GPU's)"
+        "--nvlink",
+        type=float,
+        help="inside a node, GB/s per GPU in one direction (default: data sheet)",
     )
     parser.add_argument(
         "--efficiency",
         type=float,
         help=f"share of the peak that kernels reach (default: {COMPUTE_EFFICIENCY.value})",
     )
-    parser.add_argument("--rows", type=int, default=6, help="layouts to show (default: 6)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
-    parser.add_argument("--assumptions", action="store_true", help="print what is assumed, and end")
     parser.add_argument(
-        "--write", type=Path, metavar="DIR", help="write NAME.args and NAME.sbatch of the best"
+        "--rows", type=int, default=6, help="number of layouts to show (default: 6)"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    parser.add_argument("--assumptions", action="store_true", help="print all assumptions and exit")
+    parser.add_argument(
+        "--write", type=Path, metavar="DIR", help="write NAME.args and NAME.sbatch for the best"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build the file's own layout instead of planning"
+        "--dry-run",
+        action="store_true",
+        help="build the layout that the file asks for, instead of planning",
     )
     return parser.parse_args(words)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Search, print, write; or build."""
+    """Plan, or build every stage."""
     words, further = _split(sys.argv[1:])
     given = parse(words)
     if given.assumptions:
@@ -81,7 +90,7 @@ def main() -> None:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Ours, and flags of pretraining behind ``--``."""
+    """Return our words, and the pretraining flags after ``--``."""
     cut = words.index("--") if "--" in words else len(words)
     return words[:cut], words[cut + 1 :]
 
@@ -109,7 +118,7 @@ def _plan(given: argparse.Namespace, name: str, flags: list[str]) -> None:
 
 
 def _own_layout(flags: list[str], gpus: int) -> Layout | None:
-    """The file's layout, where it can be on this cluster."""
+    """Return the file's layout, or None where this cluster cannot have it."""
     try:
         return layout_in(flags, gpus)
     except ConfigError:

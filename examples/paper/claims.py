@@ -1,4 +1,4 @@
-"""The paper's claims, one row each: what was measured here, and whether it came out."""
+"""The paper's claims, one row each: what was measured here, and whether the claim held."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Row:
 
 
 def rows(variants: dict[str, list[Run]], measures: Measures, studies: Sequence[Path]) -> list[Row]:
-    """All claims of the paper's abstract and key findings."""
+    """Return all claims of the paper's abstract and key findings."""
     found = [_performance(variants, measures), _tasks(variants, measures)]
     found.append(_entropy(variants, measures))
     for identity, claim in _STUDIED.items():
@@ -56,7 +56,7 @@ _STUDIED = {
 
 
 def text_of(interval: Interval | None, digits: int = 2) -> str:
-    """`1.23 [1.10, 1.36]`."""
+    """Return an interval in the form `1.23 [1.10, 1.36]`."""
     if interval is None:
         return "no value"
     return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
@@ -104,12 +104,12 @@ def _verdict_of(found: Interval | None, *, below: bool) -> str:
 
 
 def claims_of(study: Path) -> dict[str, dict[str, Any]]:
-    """claims.json of a study by id."""
+    """Return the entries of a study's claims.json by id."""
     return {entry["id"]: entry for entry in json.loads((study / "claims.json").read_text())}
 
 
 def _studied(identity: str, claim: str, studies: Sequence[Path]) -> Row:
-    """A claim that each seed's study has decided."""
+    """Return the row of a claim that each seed's study has decided."""
     entries = [claims_of(study).get(identity) for study in studies]
     known = [entry for entry in entries if entry is not None and entry["difference"] is not None]
     if not known:
@@ -127,7 +127,7 @@ def _difference(entry: dict[str, Any]) -> str:
 
 
 def _steering(studies: Sequence[Path]) -> Row:
-    """The strength at which success exceeds the control's most, in each seed's study."""
+    """Return the row on steering, at each seed's best strength against the control."""
     texts, holds = [], set()
     for study in studies:
         entries = [e for name, e in claims_of(study).items() if name.startswith("steer-")]
@@ -142,15 +142,15 @@ def _steering(studies: Sequence[Path]) -> Row:
         texts.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}] points at strength {strength}")
     verdict = YES if holds == {True} else NO if holds == {False} else OPEN
     return Row(
-        "Pushing a neuron brings its concept (share of its tokens in the text, own - control; the "
-        "best of four strengths, so read it as an upper end)",
+        "Pushing a neuron brings its concept into the text (share of its tokens, own - control, at "
+        "the best of four strengths and therefore optimistic)",
         verdict,
         "; ".join(texts) or "no neuron to push",
     )
 
 
 def _stability(studies: Sequence[Path]) -> Row:
-    """Neurons between checkpoints beside SAE latents between seeds."""
+    """Return the row that compares neurons of two checkpoints with SAE latents of two seeds."""
     texts, holds = [], set()
     for study in studies:
         entry = claims_of(study).get("sae-stability")

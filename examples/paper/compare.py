@@ -1,4 +1,4 @@
-"""Numbers with intervals from the measures of single runs."""
+"""Computes numbers with intervals from the measures of single runs."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ Measures = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Gap:
-    """How much a variant's perplexity lies above the dense twin's.
+    """How far a variant's perplexity is above the dense twin's.
 
     Attributes:
-        loss: mean held-out loss over the seeds, nats a token.
-        percent: of perplexity above dense, with the interval from resampled windows of text.
-        seeds: the same of each seed alone, which the interval does not cover.
+        loss: Mean held-out loss over the seeds, in nats per token.
+        percent: Percent of perplexity above dense, with an interval from resampled windows of text.
+        seeds: The same for each seed alone; the interval does not cover their spread.
     """
 
     loss: float
@@ -30,7 +30,7 @@ class Gap:
 
 
 def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of each variant in the order of their seeds."""
+    """Return the runs of each variant in the order of their seeds."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.variant, []).append(run)
@@ -38,7 +38,11 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def gap(variant: Sequence[Run], dense: Sequence[Run], measures: Measures) -> Gap:
-    """Compare on the same windows, seed by seed."""
+    """Compare a variant with its dense twin on the same windows, seed by seed.
+
+    Raises:
+        SystemExit: If the models were measured on different text.
+    """
     counts = np.asarray(measures[dense[0].name]["counts"], float)
     one = np.stack([measures[run.name]["losses"] for run in variant])
     other = np.stack([measures[run.name]["losses"] for run in dense])
@@ -64,7 +68,7 @@ def _percent(nats: float) -> float:
 
 
 def token_entropies(runs: Sequence[Run], measures: Measures, k: int, layer: int | None) -> Any:
-    """Token entropies, in bits, of the neurons of one layer (None: of all) of all seeds."""
+    """Return token entropies, in bits, of one layer's neurons (None: of all), over all seeds."""
     values: list[float] = []
     for run in runs:
         for place, found in measures[run.name]["neurons"].items():
@@ -75,14 +79,14 @@ def token_entropies(runs: Sequence[Run], measures: Measures, k: int, layer: int 
 
 
 def entropy(runs: Sequence[Run], measures: Measures, k: int, layer: int | None = None) -> Any:
-    """Mean token entropy with its interval."""
+    """Return the mean token entropy with its interval."""
     return mean_interval(token_entropies(runs, measures, k, layer), resamples=RESAMPLES)
 
 
 def entropy_difference(
     one: Sequence[Run], other: Sequence[Run], measures: Measures, k: int
 ) -> Interval | None:
-    """Difference of mean token entropies over all layers, in bits."""
+    """Return the difference of mean token entropies over all layers, in bits."""
     return difference_interval(
         token_entropies(one, measures, k, None),
         token_entropies(other, measures, k, None),
@@ -91,13 +95,13 @@ def entropy_difference(
 
 
 def layers_of(runs: Sequence[Run], measures: Measures, k: int) -> list[int]:
-    """Layers that were recorded at k."""
+    """Return the layers that were recorded at k."""
     places = measures[runs[0].name]["neurons"]
     return sorted(int(p.split("/")[1]) for p in places if int(p.split("/")[0]) == k)
 
 
 def silent(runs: Sequence[Run], measures: Measures, k: int) -> float:
-    """Mean share of neurons that never fired on the recorded text."""
+    """Return the mean share of neurons that never fired on the recorded text."""
     shares = [
         found["silent"]
         for run in runs
@@ -108,12 +112,12 @@ def silent(runs: Sequence[Run], measures: Measures, k: int) -> float:
 
 
 def score(runs: Sequence[Run], measures: Measures, task: str) -> tuple[float, float]:
-    """Accuracy and its standard error, over the seeds."""
+    """Return accuracy and its standard error, over the seeds."""
     entries = [measures[run.name]["tasks"][task] for run in runs]
     error = math.sqrt(sum(entry["acc_stderr"] ** 2 for entry in entries)) / len(entries)
     return float(np.mean([entry["acc"] for entry in entries])), error
 
 
 def seeds_text(values: Sequence[float]) -> str:
-    """The values of single seeds, for a table."""
+    """Return the values of single seeds as text for a table."""
     return " / ".join(f"{value:+.1f}" for value in values[: len(SEEDS)])

@@ -1,4 +1,4 @@
-"""The centre of the grid and its dense twin under the whole analysis, once for each seed."""
+"""Runs the whole analysis on the centre of the grid and its dense twin, once for each seed."""
 
 import json
 import shutil
@@ -16,15 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much text and how many neurons.
+    """How much text and how many neurons are analysed.
 
     Attributes:
-        tokens: recorded of each model.
-        tracked: recorded of each checkpoint.
-        trained: seen by each SAE.
-        neurons: of each layer, whose contexts are embedded.
-        steered: of each layer.
-        samples: texts that each push continues.
+        tokens: Tokens recorded for each model.
+        tracked: Tokens recorded for each checkpoint.
+        trained: Tokens that each SAE is trained on.
+        neurons: Neurons per layer whose contexts are embedded.
+        steered: Neurons per layer that are steered.
+        samples: Texts that each push continues.
     """
 
     tokens: int
@@ -40,9 +40,10 @@ FAST = Amounts(8192, 8192, 20480, 8, 2, 2)
 
 
 def study_pair(topk: Run, dense: Run, dataset: Path, directory: Path, amounts: Amounts) -> Path:
-    """Study two models of one seed; returns the study's folder, with claims.json and report.html.
+    """Study two models of one seed, unless the same study exists.
 
-    What was studied before with the same models and amounts is left alone.
+    Returns:
+        The study's folder, with claims.json and report.html.
     """
     key = f"{topk.directory.name}+{dense.directory.name}"
     study = directory / f"study-{key}"

@@ -10,7 +10,7 @@ from topk_megatron.plan.flags import read_flags
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
 K_OF_CENTRE = 16  # of H = 256
-# What --fast trains: enough for every table to have a row, in minutes.
+# The runs of --fast: enough for every table to have a row, in minutes.
 FAST_VARIANTS = ("dense", "topk", "anneal", "mlp")
 FAST_STEPS = 24
 
@@ -20,12 +20,12 @@ class Run:
     """One model to train.
 
     Attributes:
-        variant: name of its file.
-        about: first line of the file.
-        seed: of initial weights and of the order of the text.
-        flags: everything that decides the weights.
-        directory: its own; the name holds a hash of flags and data, so that what is there already
-            is what would be trained.
+        variant: The name of its file.
+        about: The first line of the file.
+        seed: The seed of the initial weights and of the order of the text.
+        flags: Everything that decides the weights.
+        directory: Its folder, named by a hash of flags and data, so that an existing folder holds
+            exactly the model that would be trained.
     """
 
     variant: str
@@ -36,17 +36,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Variant and seed; also the name of its recording."""
+        """Variant and seed, which also name its recording."""
         return f"{self.variant}-seed-{self.seed}"
 
     def flag(self, name: str) -> str:
-        """Value of a flag, the last one where it is given twice."""
+        """Return the value of a flag, the last one if it is given twice."""
         place = len(self.flags) - 1 - self.flags[::-1].index(name)
         return self.flags[place + 1]
 
     @property
     def k(self) -> int:
-        """Survivors on the residual stream; where that is dense, how many are recorded."""
+        """Neurons kept on the residual stream; where that is dense, neurons recorded."""
         return int(self.flag("--topk-k")) if "--topk-k" in self.flags else K_OF_CENTRE
 
     @property
@@ -56,7 +56,7 @@ class Run:
 
 
 def hash_of(paths: Iterable[Path]) -> str:
-    """Of the bytes of all files."""
+    """Return the SHA-256 of all files' bytes."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -64,12 +64,12 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 
 def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
-    """All runs, dense ones first.
+    """Return all runs, dense ones first.
 
     Args:
-        directory: where runs live.
-        data_hash: stands for the dataset and the tokenizer.
-        fast: the short form.
+        directory: The folder of all runs.
+        data_hash: The hash of the dataset and the tokenizer.
+        fast: Whether to make the short form.
     """
     base = tuple(read_flags(HERE / "base.args"))
     if fast:
@@ -89,7 +89,7 @@ def make_grid(directory: Path, data_hash: str, *, fast: bool) -> list[Run]:
 
 
 def _shortened(flags: tuple[str, ...], fast: bool) -> tuple[str, ...]:
-    """Annealing over half of the short training too."""
+    """Return flags that end annealing half way through the short training too."""
     if not fast or "--topk-anneal-end" not in flags:
         return flags
     return (*flags, "--topk-anneal-end", str(FAST_STEPS // 2))

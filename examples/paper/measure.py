@@ -1,4 +1,4 @@
-"""Measures one trained model: perplexity, tasks, and what its neurons do on held-out text."""
+"""Measures trained models: perplexity, tasks, and what their neurons do on held-out text."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from grid import Run, hash_of
 
 K_OF_DENSE = (8, 16, 32, 64)  # a dense model is recorded at every k that a TopK model has
 LAYERS_OF_DENSE = "all,-2"
-MIN_COUNT = 50  # activations below which a neuron's entropy says little
-HELD_OUT = "-4:"  # the last four plays, which training never saw
+MIN_COUNT = 50  # with fewer activations, a neuron's entropy says little
+HELD_OUT = "-4:"  # the last four plays, which training never sees
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Amounts:
     """How much is measured.
 
     Attributes:
-        documents: held-out plays whose perplexity is taken.
-        examples: of each task.
-        tokens: recorded.
+        documents: Held-out plays on which perplexity is measured.
+        examples: Examples of each task.
+        tokens: Tokens recorded.
     """
 
     documents: int
@@ -45,7 +45,7 @@ def measure_all(
     amounts: Amounts,
     jobs: int,
 ) -> dict[str, dict[str, Any]]:
-    """Measure what was not measured so before; returns the measures by name of the run."""
+    """Measure the runs that lack these measures; return all measures by the run's name."""
     how = _how(texts, tasks, amounts)
     missing = [run for run in runs if _read(run, how) is None]
     shared = (list(texts)[-amounts.documents :], list(tasks), dataset, study, amounts, how)
@@ -57,19 +57,19 @@ def measure_all(
 
 
 def recordings(run: Run) -> dict[int, str]:
-    """Names of a run's recordings by k."""
+    """Return the names of a run's recordings by k."""
     if run.variant == "dense":
         return {k: f"{run.directory.name}-k{k}" for k in K_OF_DENSE}
     return {run.k: run.directory.name}
 
 
 def folder_of(run: Run) -> Path:
-    """Its Hugging Face folder."""
+    """Return the run's Hugging Face folder."""
     return run.directory / "hf"
 
 
 def _how(texts: Sequence[Path], tasks: Sequence[Path], amounts: Amounts) -> dict[str, Any]:
-    """All that decides a measure but the model: a stored one made otherwise is made anew."""
+    """Return all that decides a measure except the model; a change makes stored measures stale."""
     files = (*list(texts)[-amounts.documents :], *tasks, Path(__file__))
     return {**asdict(amounts), "sha256": hash_of(files)}
 
@@ -118,7 +118,7 @@ def _measure(
 
 
 def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str, dict[str, Any]]:
-    """Record the run; by "k/layer", the share of silent neurons and the others' token entropies."""
+    """Record the run; return silent share and token entropies by "k/layer"."""
     from topk_megatron.analysis.corpus import open_corpus
     from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.measures import corrected_entropy
@@ -130,7 +130,7 @@ def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str,
     corpus = open_corpus(
         str(dataset), lambda: folder.tokenizer, documents=HELD_OUT, max_tokens=amounts.tokens
     )
-    is_dense = not folder.topk_layers  # also with a TopK inside the MLP only
+    is_dense = not folder.topk_layers  # as is a model whose only TopK is inside the MLP
     found: dict[str, dict[str, Any]] = {}
     for k, name in recordings(run).items():
         chosen: dict[str, Any] = {"layers": LAYERS_OF_DENSE, "k": k} if is_dense else {}

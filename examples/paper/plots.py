@@ -1,4 +1,4 @@
-"""The pictures of RESULTS.md."""
+"""Draws the pictures of RESULTS.md."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ Variants = dict[str, list[Run]]
 
 
 def plot_gaps(variants: Variants, measures: Measures, path: Path) -> None:
-    """Perplexity above the dense twin: a row a variant, its interval and its seeds."""
+    """Draw perplexity above the dense twin: one row per variant, with its interval and seeds."""
     names = [name for name in variants if name != "dense"][::-1]
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.34 * len(names)), dpi=150)
     for place, name in enumerate(names):
@@ -34,7 +34,7 @@ def plot_gaps(variants: Variants, measures: Measures, path: Path) -> None:
 
 
 def plot_entropy(variants: Variants, measures: Measures, path: Path) -> None:
-    """Mean token entropy by layer, with intervals."""
+    """Draw mean token entropy by layer, with intervals."""
     k = variants["topk"][0].k
     figure, axes = plt.subplots(figsize=(6, 3.6), dpi=150)
     for name, colour, shift in (("topk", TOPK, -0.04), ("dense", DENSE, 0.04)):
@@ -54,7 +54,7 @@ def plot_entropy(variants: Variants, measures: Measures, path: Path) -> None:
 
 
 def plot_training(variants: Variants, measures: Measures, path: Path) -> None:
-    """Training loss of every variant, the first seed, smoothed over ten steps."""
+    """Draw every variant's training loss for the first seed, smoothed over ten steps."""
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
     for name, runs in variants.items():
         points = np.array(measures[runs[0].name]["training_loss"], float)
@@ -72,7 +72,7 @@ def plot_training(variants: Variants, measures: Measures, path: Path) -> None:
         )
     axes.plot([], [], color=GREY, linewidth=0.8, label="other variants")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats a token")
+    axes.set_ylabel("training loss, nats per token")
     axes.legend(frameon=False)
     _finish(figure, axes, path)
 

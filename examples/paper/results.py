@@ -1,4 +1,4 @@
-"""Writes RESULTS.md: claims, tables and plots, every number from the runs."""
+"""Writes RESULTS.md: claims, tables and plots, with every number taken from the runs."""
 
 import platform
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,17 @@ from plots import plot_entropy, plot_gaps, plot_training
 def write_results(
     runs: Sequence[Run], measures: Measures, studies: Sequence[Path], target: Path, command: str
 ) -> Path:
-    """Write the page and its pictures into the folder `target`; returns the page.
+    """Write the page and its pictures.
 
-    `command` is the one that made them, which the page names.
+    Args:
+        runs: The trained runs.
+        measures: Their measures by name.
+        studies: Folders of the studies.
+        target: The folder to write to.
+        command: The command that the page names as its source.
+
+    Returns:
+        The page.
     """
     variants = by_variant(runs)
     images = target / "images"
@@ -56,24 +64,24 @@ def _head(runs: Sequence[Run], command: str) -> str:
     return f"""# The paper at laptop scale: results
 
 {warning}Written by `{command}`; do not edit. {len(runs)} models of 6 layers and H = 256
-trained on {tokens:,} tokens of Shakespeare each, {seeds} {"seeds" if seeds > 1 else "seed"} a
-variant, measured on plays that none has seen. One {platform.machine()} core a model, torch
-{torch.__version__}.
+were trained on {tokens:,} tokens of Shakespeare each,
+with {seeds} {"seeds" if seeds > 1 else "seed"} per variant, and measured on plays that
+none has seen. Each used one {platform.machine()} core and torch {torch.__version__}.
 
 Square brackets are 95 % intervals: over windows of text for perplexity, over neurons for entropies,
-over neurons or samples elsewhere. Seeds are too few for an interval over them; where they are
-listed, their spread is part of the result.
+over neurons or samples elsewhere. There are too few seeds for an interval over them; where they
+are listed, their spread is part of the result.
 """
 
 
-_FAST_WARNING = """**A few steps of training only: the page shows that every part runs, and no
-number or verdict on it means anything.**
+_FAST_WARNING = """**These models trained for a few steps only. The page shows that every part runs;
+no number or verdict on it means anything.**
 
 """
 
 
 def _section(title: str, text: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A heading, some words, and a table by its cells."""
+    """Return a heading, some text and a table."""
     lines = [_cells(head), f"|{'---|' * len(head)}", *map(_cells, rows)]
     return f"## {title}\n\n{text}\n\n" + "\n".join(lines) + "\n"
 
@@ -84,8 +92,8 @@ def _cells(row: Sequence[str]) -> str:
 
 def _claims(found: Sequence[Row]) -> str:
     text = (
-        "One entry a seed where there are several, separated by semicolons. *Undecided*: the\n"
-        "interval of the difference contains zero, or the seeds disagree."
+        "Where there are several seeds, each has an entry, separated by semicolons. *Undecided*\n"
+        "means that the interval of the difference contains zero, or that the seeds disagree."
     )
     cells = ((row.claim, f"**{row.verdict}**", row.number) for row in found)
     return _section("The paper's claims", text, ("claim", "here", "number"), cells)
@@ -101,15 +109,17 @@ def _perplexity(variants: dict[str, list[Run]], measures: Measures) -> str:
             above = (text_of(found.percent, 1), seeds_text(found.seeds))
         cells.append((name, runs[0].about, f"{found.loss:.3f}", *above))
     picture = "![Perplexity above the dense twin, by variant](images/gap.png)"
-    return _section("Perplexity beside the dense twin", picture, (*head, "each seed, %"), cells)
+    return _section(
+        "Perplexity compared with the dense twin", picture, (*head, "each seed, %"), cells
+    )
 
 
 def _neurons(variants: dict[str, list[Run]], measures: Measures) -> str:
     text = (
-        "Mean token entropy in bits of the neurons with at least 50 activations, of all recorded\n"
-        "layers; beside it the dense twin's, of its k largest neurons at the same k and its first\n"
-        "four layers. Silent: share of neurons that never fired on the recorded text. With the\n"
-        "TopK inside the MLP the residual stream is dense and is recorded as the twin's is."
+        "Mean token entropy in bits of the neurons with at least 50 activations, over all layers\n"
+        "recorded. The dense twin's is that of its k largest neurons, at the same k, in its first\n"
+        "four layers. Silent is the share of neurons that never fired on the recorded text. With\n"
+        "a TopK inside the MLP, the residual stream is dense and is recorded like the twin's."
     )
     head = ("variant", "k", "token entropy", "dense at this k", "silent", "dense, silent")
     cells = []
@@ -138,7 +148,7 @@ def _layers(variants: dict[str, list[Run]], measures: Measures) -> str:
 
 def _task_scores(variants: dict[str, list[Run]], measures: Measures) -> str:
     tasks = sorted(measures[variants["dense"][0].name]["tasks"])
-    text = "Accuracy ± standard error, of examples from held-out plays; 0.25 is chance."
+    text = "Accuracy ± standard error on examples from held-out plays; 0.25 is chance."
     cells = []
     for name, runs in variants.items():
         scores = (score(runs, measures, task) for task in tasks)

@@ -3,8 +3,8 @@
     make paper             # an hour and a half on two cores
     make paper-fast        # four variants, one seed, a few steps: every part runs, for tests
 
-Every training run is described by one file of variants/ (and base.args) and is cached under a hash
-of its flags and data: the command goes on where it was stopped, and a changed file trains anew.
+Each training run is described by base.args and one file in variants/, and is cached under a hash of
+its flags and data: the command continues where it was stopped, and a changed file is trained again.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from training import Data, train_all  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "runs" / "paper")
-    parser.add_argument("--fast", action="store_true", help="the short form")
-    parser.add_argument("--jobs", type=int, default=2, help="models trained side by side")
+    parser.add_argument("--fast", action="store_true", help="run the short form")
+    parser.add_argument("--jobs", type=int, default=2, help="models trained at the same time")
     parser.add_argument(
         "--results", type=Path, help="where RESULTS.md goes (default: here; --fast: the directory)"
     )
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run every step that is not done."""
+    """Run every step that is not done yet."""
     args = parse()
     started = time.perf_counter()
     args.directory.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,14 @@ def main() -> None:
 
 
 def prepare(directory: Path) -> tuple[Data, list[Path]]:
-    """Text, tokenizer and dataset, as the quickstart makes them; and the held-out plays."""
+    """Make text, tokenizer and dataset as the quickstart does; also return the held-out plays."""
     plays = fetch_plays(directory)
     dataset, tokenizer = prepare_data(directory, plays)
     return Data(dataset, tokenizer), held_out(plays)
 
 
 def study_pairs(runs: list[Run], dataset: Path, directory: Path, *, fast: bool) -> list[Path]:
-    """The whole analysis of the centre and its dense twin, for each seed."""
+    """Run the whole analysis of the centre and its dense twin, for each seed."""
     amounts = deep.FAST if fast else deep.FULL
     found = []
     for topk in (run for run in runs if run.variant == "topk"):

@@ -1,4 +1,4 @@
-"""Trains the runs, two at a time; what is trained already is left alone."""
+"""Trains the runs, several at a time; skips those that are trained already."""
 
 import json
 import os
@@ -14,24 +14,29 @@ from pathlib import Path
 from grid import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHECKPOINTS = 6  # of each run; the analysis follows neurons over them
+CHECKPOINTS = 6  # per run; the analysis follows neurons over them
 
 
 @dataclass(frozen=True)
 class Data:
-    """Dataset prefix and tokenizer, as the quickstart makes them."""
+    """The data, as the quickstart makes it.
+
+    Attributes:
+        dataset: The prefix of the dataset.
+        tokenizer: The tokenizer.
+    """
 
     dataset: Path
     tokenizer: Path
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything that the models read."""
+        """All files that training reads."""
         return Path(f"{self.dataset}.bin"), Path(f"{self.dataset}.idx"), self.tokenizer
 
 
 def train_all(runs: Sequence[Run], data: Data, jobs: int) -> None:
-    """Train what is missing; ends the program if a run fails, with its log's name."""
+    """Train the missing runs; if one fails, exit and name its log."""
     missing = [run for run in runs if not is_trained(run)]
     if len(missing) < len(runs):
         print(f"{len(runs) - len(missing)} of {len(runs)} models are trained already", flush=True)
@@ -41,15 +46,15 @@ def train_all(runs: Sequence[Run], data: Data, jobs: int) -> None:
 
 
 def is_trained(run: Run) -> bool:
-    """Whether the run came to its end."""
+    """Return whether the run is complete."""
     return (run.directory / "trained.json").exists()
 
 
 def _train(run: Run, data: Data) -> str:
     """Train one model in one process with one thread.
 
-    A run takes minutes and is begun anew when it was cut short; the model is only 30 MB and its
-    optimizer's state would be twice that at every checkpoint.
+    An interrupted run starts from scratch: it takes minutes only, whereas the optimizer's state
+    would add twice the model's 30 MB to every checkpoint.
     """
     shutil.rmtree(run.directory, ignore_errors=True)
     run.directory.mkdir(parents=True)

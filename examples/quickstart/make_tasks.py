@@ -3,7 +3,7 @@
     python examples/quickstart/make_tasks.py --plays runs/quickstart/plays
 
 The plays are the last ones of the corpus, which `--split 90,10,0` keeps out of training. The files
-are in the repository; this script is how they came to be, and gives them again byte for byte.
+are in the repository; this script reproduces them byte for byte.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CHOICES = 4
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write both task files."""
     args = parse()
     texts = [(args.plays / play).read_text() for play in PLAYS]
     for name, make in (("next_line", next_lines), ("next_speaker", next_speakers)):
@@ -42,14 +42,14 @@ def main() -> None:
 
 
 def place_answer(example: dict[str, Any], place: int) -> dict[str, Any]:
-    """Put the right choice where it belongs: every place is right equally often."""
+    """Move the right choice to `place`; over all examples each place is right equally often."""
     choices = [choice for n, choice in enumerate(example["choices"]) if n != example["answer"]]
     choices.insert(place, example["choices"][example["answer"]])
     return {**example, "choices": choices, "answer": place}
 
 
 def speeches(text: str) -> list[tuple[str, list[str]]]:
-    """(speaker, lines) in the order of the play; stage directions are left out."""
+    """Return (speaker, lines) in the order of the play, without stage directions."""
     found = []
     for paragraph in text.split("\n\n"):
         head, *lines = paragraph.strip().split("\n")
@@ -59,7 +59,7 @@ def speeches(text: str) -> list[tuple[str, list[str]]]:
 
 
 def next_lines(text: str, draw: random.Random) -> list[dict[str, Any]]:
-    """Four lines of a speech, and which of four lines of the same play follows."""
+    """Make examples: four lines of a speech, and four lines of the play of which one follows."""
     spoken = speeches(text)
     pool = [line for _, lines in spoken for line in lines if 25 <= len(line) <= 60]
     examples = []
@@ -73,7 +73,7 @@ def next_lines(text: str, draw: random.Random) -> list[dict[str, Any]]:
 
 
 def next_speakers(text: str, draw: random.Random) -> list[dict[str, Any]]:
-    """Two speeches, and who of four characters of the play speaks after them."""
+    """Make examples: two speeches, and four characters of the play of whom one speaks next."""
     spoken = [speech for speech in speeches(text) if len(speech[1]) <= 4]
     people = sorted({speaker for speaker, _ in spoken})
     examples = []

@@ -1,4 +1,4 @@
-"""Shakespeare's plays as a Megatron dataset, and how the examples run commands."""
+"""Makes a Megatron dataset of Shakespeare's plays, and runs the commands of the examples."""
 
 import shlex
 import shutil
@@ -12,7 +12,7 @@ VOCAB_SIZE = 4096
 
 
 def fetch_plays(directory: Path) -> Path:
-    """Download the plays; returns the folder with their Markdown files."""
+    """Download the plays; return the folder with their Markdown files."""
     plays = directory / "plays"
     if not plays.is_dir():
         step(f"fetching Shakespeare's plays ({PLAYS})")
@@ -26,7 +26,7 @@ def fetch_plays(directory: Path) -> Path:
 
 
 def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
-    """Train the tokenizer and tokenize the plays; returns dataset prefix and tokenizer."""
+    """Train the tokenizer and tokenize the plays; return the dataset prefix and the tokenizer."""
     text = str(plays / "**" / "*.md")
     tokenizer, dataset = directory / "tokenizer.model", directory / "plays-tokens"
     if not tokenizer.exists():
@@ -44,7 +44,7 @@ def prepare_data(directory: Path, plays: Path) -> tuple[Path, Path]:
 
 
 def held_out(plays: Path) -> list[Path]:
-    """The plays that ``--split 90,10,0`` keeps out of training: the last tenth, in their order."""
+    """Return the plays that ``--split 90,10,0`` keeps out of training: the last tenth, in order."""
     files = sorted(plays.rglob("*.md"))
     return files[round(0.9 * len(files)) :]
 
@@ -55,7 +55,7 @@ def step(text: str) -> None:
 
 
 def tool(name: str, *arguments: object, show: bool = True) -> str:
-    """Run one of tools/; returns what it prints."""
+    """Run one of tools/; return its output, unless `show` prints it."""
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
     if show:
         print(shlex.join(command[1:]), flush=True)
@@ -68,7 +68,7 @@ def tool(name: str, *arguments: object, show: bool = True) -> str:
 
 
 def run(command: list[str], log: Path | None = None) -> None:
-    """Run a command; with a log, show only the lines that tell of progress."""
+    """Run a command; with a log, show only the lines that report progress."""
     if log is None:
         if subprocess.run(command, cwd=REPOSITORY).returncode:
             sys.exit(f"error: {shlex.join(command)} failed")

@@ -1,4 +1,4 @@
-"""What the quickstart shows at its end: perplexities, loss curves, samples."""
+"""Makes what the quickstart shows at its end: perplexities, loss curves and samples."""
 
 import math
 import statistics
@@ -14,8 +14,8 @@ class Model:
 
     Attributes:
         name: ``topk`` or ``dense``.
-        directory: its checkpoints, logs and TensorBoard events.
-        seconds: wall time of its training process; None if an earlier run had trained it.
+        directory: The folder of its checkpoints, logs and TensorBoard events.
+        seconds: Wall time of its training process; None if an earlier run trained it.
     """
 
     name: str
@@ -23,19 +23,19 @@ class Model:
     seconds: float | None
 
     def scalars(self, tag: str) -> dict[int, float]:
-        """Logged values by iteration."""
+        """Return the logged values by iteration."""
         return read_scalars(self.directory / "tensorboard", tag)
 
     def validation_loss(self) -> float:
-        """Loss on held-out plays after the last step, in nats a token."""
+        """Return the loss on held-out plays after the last step, in nats per token."""
         losses = self.scalars("lm loss validation")
         return losses[max(losses)]
 
 
 def compare(models: list[Model], samples: dict[str, str], prompt: str) -> str:
-    """The table, and a sample of each model under it."""
-    rows = ["", "== the two models on held-out plays, after the same tokens", ""]
-    rows.append(f"{'model':<8}{'validation loss':>18}{'perplexity':>14}{'ms a step':>12}{'s':>8}")
+    """Return the table of both models, with a sample of each below it."""
+    rows = ["", "== both models on held-out plays, after the same training tokens", ""]
+    rows.append(f"{'model':<8}{'validation loss':>18}{'perplexity':>14}{'ms/step':>12}{'s':>8}")
     for model in models:
         loss = model.validation_loss()
         times = model.scalars("iteration-time")
@@ -50,7 +50,7 @@ def compare(models: list[Model], samples: dict[str, str], prompt: str) -> str:
 
 
 def plot_losses(models: list[Model], path: Path) -> Path:
-    """Draw training and validation loss of both models to a PNG."""
+    """Draw the training and validation losses of both models to a PNG; return its path."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -65,7 +65,7 @@ def plot_losses(models: list[Model], path: Path) -> Path:
             max(losses), final, "o", color=colour, label=f"{model.name}, held out: {final:.3f}"
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title("TopK language model and its dense twin on Shakespeare")
     axes.grid(alpha=0.25)
     for side in ("top", "right"):

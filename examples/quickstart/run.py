@@ -1,11 +1,12 @@
-"""From raw text to two trained language models, a TopK one and its dense twin, and their neurons.
+"""From raw text to a TopK language model, its dense twin, and their neurons.
 
     make quickstart        (or: python examples/quickstart/run.py --help)
 
 Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
 two ranks under torchrun on the same tokens in the same order, converts both to Hugging Face models,
-measures them on held-out plays and lets them write. What is trained and converted is kept; delete
-the working directory to begin anew. Every number that is printed comes from this run.
+measures them on held-out plays, samples from them and studies their neurons. Trained and converted
+models are kept; delete the working directory to start from scratch. Every printed number comes from
+this run.
 """
 
 import argparse
@@ -47,7 +48,7 @@ PROMPT = "**ROMEO**  \n"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run every step, and say how long each took."""
+    """Run every step."""
     args = parse()
     args.directory.mkdir(parents=True, exist_ok=True)
     check_settings(args.directory, args.steps)
@@ -73,23 +74,29 @@ def main() -> None:
     measured = evaluate(args.directory, list(folders.values()), held_out(plays)[-1])
     samples = {name: sample(folder, args.sample_tokens) for name, folder in folders.items()}
     report = study(args.directory, folders, dataset)
+    neuron = draw_neuron(args.directory, folders["topk"], dataset)
     picture = plot_losses(models, args.directory / "loss.png")
     print(compare(models, samples, PROMPT))
-    print(f"\n== the converted models on one of these plays and on two tasks\n\n{measured}")
+    print(f"\n== the converted models on one of these plays and two tasks\n\n{measured}")
     print(f"loss curves: {picture}")
+    print(f"one neuron: {neuron}")
     print(f"neurons (open it in a browser): {report}")
     print(f"whole quickstart: {time.perf_counter() - started:.0f} s")
 
 
 def check_settings(directory: Path, steps: int) -> None:
-    """Models that were trained otherwise in the same directory would be shown as these."""
+    """Refuse a directory whose models were trained with other settings.
+
+    Raises:
+        SystemExit: If the directory records other settings.
+    """
     record = directory / "settings.txt"
     flags = [f"--steps {steps}", MODEL, TRAINING, *VARIANTS.values()]
     settings = "\n".join(flags) + "\n"
     if record.exists() and record.read_text() != settings:
         sys.exit(
-            f"error: {directory} holds models that were trained otherwise: {record} tells how; "
-            "give the same --steps, another --directory, or delete it"
+            f"error: {directory} holds models that were trained with other settings, listed in "
+            f"{record}; give the same --steps or another --directory, or delete it"
         )
     record.write_text(settings)
 
@@ -100,7 +107,7 @@ def train(
     """Train one model on two ranks, resuming if it was interrupted.
 
     Returns:
-        Seconds of training, None if the model was there already.
+        Seconds of training, None if the model existed already.
     """
     directory = args.directory / name
     if (directory / f"iter_{args.steps:07d}" / "metadata.json").exists():
@@ -113,7 +120,7 @@ def train(
         *MODEL.split(),
         *TRAINING.split(),
         *variant.split(),
-        # Evaluated once, after the last step.
+        # Evaluate once, after the last step.
         *("--train-iters", str(args.steps), "--eval-interval", str(args.steps + 1)),
         *("--data-path", str(dataset), "--data-cache-path", str(args.directory / "index-cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)),
@@ -136,7 +143,7 @@ def train(
 
 
 def convert(directory: Path, name: str) -> Path:
-    """Make the model a Hugging Face folder; returns it."""
+    """Convert the model to a Hugging Face folder; return the folder."""
     folder = directory / "hf" / name
     if not folder.is_dir():
         step(f"converting the {name} model to Hugging Face")
@@ -146,7 +153,7 @@ def convert(directory: Path, name: str) -> Path:
 
 
 def evaluate(directory: Path, folders: list[Path], play: Path) -> str:
-    """Perplexity on a play and two small tasks of the converted models; returns the table."""
+    """Measure the converted models on a play and two small tasks; return the table."""
     step(f"evaluating the converted models on {play.stem} and two tasks")
     tasks = sorted((HERE / "tasks").glob("*.yaml"))
     flags = ["--model", *folders, "--text", play, "--tasks", *tasks, "--limit", 60]
@@ -154,9 +161,12 @@ def evaluate(directory: Path, folders: list[Path], play: Path) -> str:
 
 
 def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
-    """Look at the neurons: on held-out plays, beside the dense twin and SAEs on it, over training.
+    """Study the neurons on held-out plays: next to the dense twin and its SAEs, and over training.
 
-    Small samples, for time: docs/analysis.md says what larger ones take.
+    Samples are small to save time; docs/analysis.md shows larger ones.
+
+    Returns:
+        The report.
     """
     step("studying the neurons")
     trajectory, results = directory / "hf" / "topk-trajectory", directory / "study"
@@ -194,8 +204,18 @@ def study(directory: Path, folders: dict[str, Path], dataset: Path) -> Path:
     return results / "report.html"
 
 
+def draw_neuron(directory: Path, folder: Path, dataset: Path) -> Path:
+    """Draw one neuron of the TopK model, as in the README; return the picture."""
+    step("drawing a neuron")
+    path = directory / "neuron.png"
+    script = str(HERE / "neuron_picture.py")
+    where = ("--study", directory / "study", "--model", folder, "--corpus", dataset)
+    run([sys.executable, script, *map(str, where), "--output", str(path)])
+    return path
+
+
 def sample(folder: Path, tokens: int) -> str:
-    """Let a converted model continue the prompt."""
+    """Return a converted model's continuation of the prompt."""
     step(f"sampling from {folder}")
     flags = ["--model", folder, "--prompt", PROMPT, "--tokens", tokens]
     return tool("generate.py", *flags, show=False)

@@ -1,17 +1,17 @@
-# What the sbatch scripts share; sourced by them.
+# Functions that the sbatch scripts share; they source this file.
 # shellcheck shell=bash
 
-# The flags in an argument file: comments stripped, one word after the other.
+# Print the flags in an argument file as words, without comments.
 flags_of() { sed 's/#.*//' "$1" | tr -s '[:space:]' ' '; }
 
-# Address of a node as Slurm knows it, which is not always its name.
+# Print a node's address as Slurm knows it, which is not always its name.
 address_of() { scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1; }
 
-# Run the given srun command; a run that was asked to stop and has saved goes back to the queue.
+# Run the given srun command. A run that was asked to stop and has saved returns to the queue.
 #
-# The meeting point is computed from the node list of this very start, and its name contains the
-# number of restarts: a requeued job may get other nodes, and a straggler of its former life must
-# not join it.
+# The meeting point is computed from the node list of this start, and its name contains the number
+# of restarts: a requeued job may get other nodes, and a straggler from its previous life must not
+# join it.
 train_with_slurm() {
     local first code=0
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -19,7 +19,7 @@ train_with_slurm() {
     RDZV_ENDPOINT="$(address_of "$first"):$((20000 + SLURM_JOB_ID % 10000))"
     export RDZV_ENDPOINT
     echo "== job $RDZV_ID on $SLURM_JOB_NODELIST, meeting at $RDZV_ENDPOINT"
-    # Slurm's signals are for the ranks; this shell waits for what they do about them.
+    # Slurm's signals are for the ranks; this shell waits until they have saved.
     trap 'echo "== asked to stop; waiting for the ranks to save"' TERM
     "$@" || code=$?
     echo "== job $RDZV_ID ended with $code"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What srun starts once on every node: the launcher, with the flags of pretraining as arguments.
+# srun starts this once on every node: it runs the launcher with the pretraining flags.
 set -euo pipefail
 . "$PROJECT/examples/slurm/common.sh"
 
 cd "$PROJECT"
 export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Megatron needs it on GPUs before Blackwell, for the order in which kernels start.
+# Megatron needs this on GPUs before Blackwell, for the order in which kernels start.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# A collective that hangs ends the rank, so that the launcher can restart the job.
+# A hanging collective ends the rank, so that the launcher can restart the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Exactly one node keeps the list of those who have arrived. Said outright: torchrun would guess it
-# from host names, which fails where a node has several.
+# Exactly one node keeps the list of nodes that have arrived. We name it, because torchrun would guess
+# it from host names, which fails where a node has several.
 is_host=$([ "$SLURM_PROCID" = 0 ] && echo 1 || echo 0)
 exec "$PYTHON" -m topk_megatron.train.launch \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$RESTARTS" \

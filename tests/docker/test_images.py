@@ -1,7 +1,7 @@
-"""The Dockerfile and what its images run; no engine is needed.
+"""Tests the Dockerfile and the programs of its images; needs no container engine.
 
-With TOPK_TEST_CHROOT=1 the analysis image's own steps are run in a chroot, which takes minutes and
-downloads gigabytes.
+With TOPK_TEST_CHROOT=1, a test runs the steps of the analysis image in a chroot, which takes
+minutes and downloads gigabytes.
 """
 
 import http.server
@@ -25,7 +25,7 @@ TARGETS = ("training", "analysis")
 
 
 def load(path: str) -> Any:
-    """A script as a module."""
+    """Import a script as a module."""
     name = Path(path).stem
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / path)
     assert spec is not None
@@ -38,7 +38,7 @@ def load(path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def chroot() -> Any:
-    load("contrib/dockerfile.py")  # its sibling, which it imports
+    load("contrib/dockerfile.py")  # the other script imports it
     return load("contrib/run_stage_in_chroot.py")
 
 
@@ -58,8 +58,8 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_images_run_as_a_user_and_say_how_they_are(target: str, stages: dict[str, Any]) -> None:
-    last = dict(stages[target].steps)  # of each keyword the last one
+def test_images_run_as_a_user_and_have_a_health_check(target: str, stages: dict[str, Any]) -> None:
+    last = dict(stages[target].steps)  # the last of each keyword
     assert last["USER"] not in ("root", "0")
     assert "docker/health.py" in last["HEALTHCHECK"]
     assert "ENTRYPOINT" in last
@@ -121,7 +121,7 @@ def test_extras_of_extras_are_resolved_once() -> None:
         script.requirements(project, ["d"])
 
 
-def test_kept_packages_stay_as_they_are_installed() -> None:
+def test_kept_packages_stay_at_their_installed_versions() -> None:
     script = load("docker/requirements.py")
     pins = [
         "# a comment",
@@ -159,7 +159,7 @@ def test_entry_point_starts_the_launcher_or_a_program(
     assert done.stdout.strip() == started
 
 
-def test_health_tells_of_kernels_that_are_missing_or_damaged(tmp_path: Path) -> None:
+def test_health_reports_kernels_that_are_missing_or_damaged(tmp_path: Path) -> None:
     health = load("docker/health.py")
     assert "no compiled operator" in health.library_problem(tmp_path)
     library = tmp_path / "_topk_mask_cpu.so"
@@ -171,7 +171,7 @@ def test_health_tells_of_kernels_that_are_missing_or_damaged(tmp_path: Path) -> 
     assert "cuda kernel was not built" in health.library_problem(tmp_path)
 
 
-def test_health_tells_of_a_driver_that_fails_or_hangs(
+def test_health_reports_a_driver_that_fails_or_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     health = load("docker/health.py")
@@ -191,7 +191,7 @@ def test_health_tells_of_a_driver_that_fails_or_hangs(
 
 @pytest.fixture
 def server() -> Iterator[tuple[http.server.HTTPServer, list[int]]]:
-    """A server on localhost, and the status of its coming answers."""
+    """Start a server on localhost; its answers have the status in the list."""
     status = [200]
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -209,7 +209,7 @@ def server() -> Iterator[tuple[http.server.HTTPServer, list[int]]]:
     made.server_close()
 
 
-def test_health_tells_of_an_explorer_that_does_not_answer(
+def test_health_reports_an_explorer_that_does_not_answer(
     server: tuple[http.server.HTTPServer, list[int]],
 ) -> None:
     health = load("docker/health.py")

@@ -1,4 +1,4 @@
-"""Pages do not rot: every link leads somewhere, every command has the flags it is shown with."""
+"""Every link in the pages leads somewhere, and every command has the flags that it shows."""
 
 import re
 import shlex
@@ -19,14 +19,14 @@ PAGES = sorted(
     ]
 )
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
-# What a shell may have in front of a command, and the commands that are looked at.
+# What may precede a command in a shell, and abbreviations of commands.
 PREFIX = re.compile(r"^(?:\$ |[A-Z_]+=\S+ )*")
 ALIASES = {"$analyze": "python tools/analyze.py"}
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a page."""
+    """A command shown on a page."""
 
     page: Path
     line: int
@@ -37,7 +37,7 @@ class Command:
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """Lines of code blocks, fenced or indented, with their numbers; continued lines joined."""
+    """Return the lines of code blocks with their numbers, continued lines joined."""
     found: list[tuple[int, str]] = []
     fenced = False
     pending = ""

@@ -1,4 +1,4 @@
-"""The documentation builds as a site without a warning, and its pages need no network."""
+"""The documentation site builds without warnings, and its pages need no network."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""examples/paper: the grid as its files say, and numbers and verdicts from planted measures."""
+"""examples/paper: the grid follows its files, and planted measures yield the right verdicts."""
 
 import json
 import math
@@ -20,7 +20,7 @@ TASK = "next_line"
 
 
 def measured(loss: float, entropy: float, score: float = 0.5) -> dict[str, Any]:
-    """A model with this loss on every window and neurons of about this entropy at layers 0, 1."""
+    """Return measures with this loss on every window and about this entropy at layers 0 and 1."""
     rng = np.random.default_rng(round(1000 * (loss + entropy)))
     neurons = {
         f"16/{layer}": {
@@ -40,7 +40,7 @@ def measured(loss: float, entropy: float, score: float = 0.5) -> dict[str, Any]:
 
 @pytest.fixture
 def variants(tmp_path: Path) -> dict[str, list[grid.Run]]:
-    """Dense, topk and anneal of both seeds."""
+    """Return the dense, topk and anneal runs of both seeds."""
     runs = grid.make_grid(tmp_path, "data", fast=False)
     return compare.by_variant([r for r in runs if r.variant in ("dense", "topk", "anneal")])
 

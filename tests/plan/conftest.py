@@ -1,4 +1,4 @@
-"""Models that several tests plan for."""
+"""Models that several tests plan."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,11 @@ SMALL = [
 
 
 def config_flags(name: str) -> list[str]:
-    """The words of a file of configs/."""
+    """Return the words of a file in configs/."""
     return read_flags(REPOSITORY / "configs" / f"{name}.args")
 
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., Shape]:
-    """A small model, with further flags."""
+    """Return a function that makes a small model with further flags."""
     return lambda *more: shape_of([*SMALL, *more])

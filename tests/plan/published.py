@@ -1,7 +1,8 @@
-"""Ten trainings that others measured: arXiv 2104.04473, table 1.
+"""Ten published training runs: arXiv 2104.04473, table 1.
 
-GPT models of sequences of 2048 and 51,200 pieces on A100s of 80 GB, eight a node, HDR InfiniBand;
-full recompute. The table does not give microbatches and the depth of interleaving: 1 and none here.
+They are GPT models with sequences of 2048 tokens and a vocabulary of 51,200, on A100s of 80 GB,
+eight per node, with HDR InfiniBand and full recompute. The table gives neither the microbatch size
+nor the depth of interleaving; we assume 1 and none.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ SEQUENCE, VOCABULARY = 2048, 51200
 
 
 class Published(NamedTuple):
-    """A row: `teraflops` is what a GPU reached, in 10¹² operations a second."""
+    """A row; `teraflops` is what a GPU reached, in 10¹² operations per second."""
 
     billions: float
     heads: int
@@ -26,7 +27,7 @@ class Published(NamedTuple):
     teraflops: float
 
     def operations(self) -> float:
-        """Of a step, as the paper counts them: recompute included, attention not halved."""
+        """Return a step's operations as in the paper: with recompute, attention not halved."""
         size = self.layers * self.hidden**2
         scores = SEQUENCE / (6 * self.hidden)
         output = VOCABULARY / (16 * self.layers * self.hidden)
@@ -48,7 +49,7 @@ MODELS = (
 
 
 def published_shape(model: Published) -> Shape:
-    """Its shape."""
+    """Return the shape of a published model."""
     sizes = {
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,

@@ -1,4 +1,4 @@
-"""The ladder: each file is what it says, is accepted by Megatron and by the planner, and runs."""
+"""Each file of the ladder is what it says, is accepted by Megatron and the planner, and runs."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from topk_megatron.plan.report import short
 from topk_megatron.plan.search import estimate, search, tensor_obstacle
 from topk_megatron.train.arguments import add_topk_arguments
 
-# Nodes and GPUs of a node that the comment at the top of each file names.
+# Nodes, and GPUs per node, that the comment at the top of each file names.
 HARDWARE = {
     "10m": (1, 1),
     "100m": (1, 8),
@@ -51,7 +51,9 @@ def test_comment_tells_the_truth(name: str) -> None:
     size = float(parameters[1]) * {"m": 1e6, "b": 1e9}[parameters[2]]
     assert size == pytest.approx(shape.parameters, rel=5e-3)
     assert f"{shape.layers} layers, H {shape.hidden}, vocabulary {shape.vocabulary:,}" in text
-    tokens = re.search(r"tokens +([\d.]+) (b|tr)illion \(([\d,]+) steps of .*\), (\d+) a", text)
+    tokens = re.search(
+        r"tokens +([\d.]+) (b|tr)illion \(([\d,]+) steps of .*\), (\d+) per parameter", text
+    )
     assert tokens is not None
     steps = int(tokens[3].replace(",", ""))
     assert steps == shape.iterations
@@ -117,7 +119,7 @@ def test_flags_that_the_planner_names_are_megatrons() -> None:
 
 @pytest.mark.parametrize("name", LADDER)
 def test_shell_reads_the_words_that_the_planner_reads(name: str) -> None:
-    """`flags_of` is how examples/slurm/ takes an argument file."""
+    """examples/slurm/ reads argument files with `flags_of`."""
     script = f". examples/slurm/common.sh; flags_of configs/{name}.args"
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.split() == config_flags(name)

@@ -40,7 +40,7 @@ def test_every_stage_is_built_as_planned_in_two_gigabytes_and_a_minute(name: str
     assert os.waitstatus_to_exitcode(status) == 0
     assert usage.ru_maxrss * 1024 < 2e9
     assert usage.ru_utime + usage.ru_stime < 60
-    assert time.perf_counter() - start < 300  # also where others use the machine
+    assert time.perf_counter() - start < 300  # even on a busy machine
 
     shape, layout = shape_of(config_flags(name)), layout_in(config_flags(name))
     rows = [line.split() for line in output.splitlines()[2:-1]]

@@ -1,4 +1,4 @@
-"""Memory against Megatron's own report, against what is really saved, and against plain sums."""
+"""Memory is compared with Megatron's report, with what autograd saves, and with plain sums."""
 
 from collections.abc import Callable
 
@@ -18,11 +18,11 @@ from topk_megatron.plan.shape import Shape
 
 
 def difference_explained(shape: Shape, layout: Layout) -> float:
-    """What the planner counts more than Megatron's formula, term by term, on the first stage.
+    """Return what the planner counts beyond Megatron's formula on the first stage, term by term.
 
-    Megatron's 18 H + 4 F a token is GPT-3's layer: as many key and value heads as query heads, a
-    mask of dropout behind attention and MLP, no gate. It counts token ids, the mask behind the
-    embedding, and logits in float32 alone.
+    Megatron's 18 H + 4 F per token describes GPT-3's layer: as many key and value heads as query
+    heads, dropout masks after attention and MLP, no gate. It counts token ids, the mask after the
+    embedding, and logits in float32 only.
     """
     layers = shape.stage_layers(layout.pp, 0)
     in_flight = min(layout.microbatches(shape), layout.pp)
@@ -42,7 +42,7 @@ def test_megatrons_report_of_the_ladder(name: str) -> None:
     shape, layout = shape_of(flags), layout_in(flags, GPUS[name])
     plan = memory_of(shape, layout, 0)
     states, dense = megatron_memory(flags, GPUS[name])
-    # Megatron shares the final norm of the last stage among all stages.
+    # Megatron spreads the final norm of the last stage over all stages.
     norm = shape.hidden / layout.pp if layout.pp > 1 else 0
     assert plan.states + norm * (6 + 12 / layout.dp) == pytest.approx(states, rel=1e-12)
     assert plan.dense == pytest.approx(dense, rel=0.08)
@@ -117,7 +117,7 @@ def test_what_a_stage_received_is_sparse_only_if_it_was_sent_sparsely(
         assert packed == [True, True, True, True, sparse_p2p, True, True, False]
 
 
-def test_embedding_is_kept_as_ids_unless_dropout_would_draw_anew(
+def test_embedding_is_kept_as_ids_unless_dropout_would_draw_again(
     small: Callable[..., Shape],
 ) -> None:
     layout = Layout(tp=2, pp=1, dp=1, recompute=True, sparse_save=True)
@@ -135,7 +135,7 @@ def test_fullest_stage_is_the_maximum_over_all(small: Callable[..., Shape]) -> N
     layout = Layout(tp=1, pp=4, dp=2)
     totals = [memory_of(shape, layout, stage).total(sparse_save=False) for stage in range(4)]
     assert fullest(shape, layout).total(sparse_save=False) == max(totals)
-    assert fullest(shape, layout).stage == 3  # logits of so many pieces
+    assert fullest(shape, layout).stage == 3  # logits of so many tokens
 
 
 def test_while_k_anneals_from_the_whole_state_memory_holds_it_densely(

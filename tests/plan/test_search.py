@@ -1,4 +1,4 @@
-"""Every layout is tried, the best is right, and what is left out has a reason."""
+"""Every layout is tried, the best is right, and every rejection has a reason."""
 
 from collections.abc import Callable
 from itertools import product
@@ -36,13 +36,13 @@ def test_every_cut_fits_or_has_a_reason(
     assert len(found.rejected) == tried - len(possible) / 2
 
 
-def test_best_is_as_fast_as_any_and_the_plainest_of_those() -> None:
+def test_best_is_as_fast_as_any_and_the_simplest_of_those() -> None:
     shape, cluster = shape_of(config_flags("70b")), cluster_of("h100", 64, 8, "ndr")
     found = search(shape, cluster)
     best, rest = found.fitting[0], found.fitting[1:]
     assert best.time.total <= (1 + TIE) * min(one.time.total for one in rest)
     assert [one.time.total for one in rest] == sorted(one.time.total for one in rest)
-    assert not best.layout.sparse_p2p  # half a percent over InfiniBand is no reason
+    assert not best.layout.sparse_p2p  # half a percent over InfiniBand is not a reason
 
 
 def test_nothing_too_large_is_offered_and_nothing_that_fits_is_left_out() -> None:
@@ -79,14 +79,14 @@ def test_dense_models_are_offered_nothing_sparse() -> None:
 def test_model_that_fits_nowhere_says_what_the_nearest_needs() -> None:
     shape = shape_of(config_flags("70b"))
     complaint = (
-        r"no layout fits on 8 x h100: the nearest, TP 8, .*, needs \d+\.\d GB a GPU of 72\.0"
+        r"no layout fits on 8 x h100: the nearest, TP 8, .*, needs \d+\.\d GB per GPU of 72\.0"
     )
     with pytest.raises(ConfigError, match=complaint):
         search(shape, cluster_of("h100", 1, 8, "ndr"))
 
 
 def test_batch_that_divides_nowhere_is_one_line(small: Callable[..., Shape]) -> None:
-    with pytest.raises(ConfigError, match="a batch of 7 is no multiple of DP 64"):
+    with pytest.raises(ConfigError, match="a batch of 7 is not a multiple of DP 64"):
         search(
             small("--global-batch-size", "7", "--micro-batch-size", "1"),
             cluster_of("h100", 64, 1, "ndr"),
@@ -104,7 +104,10 @@ def test_utilization_is_operations_over_the_peak(small: Callable[..., Shape]) ->
     ("changes", "complaint"),
     [
         ({"gpu": "v100"}, "--gpu v100 is unknown; choose one of a100-40"),
-        ({"link": "string"}, "--link string is unknown; choose one of xdr, .* or give GB/s a GPU"),
+        (
+            {"link": "string"},
+            "--link string is unknown; choose one of xdr, .* or give GB/s per GPU",
+        ),
         ({"link": "-1"}, "--link -1 is unknown"),
         ({"nodes": 0}, "--nodes must be at least 1, got 0"),
         ({"efficiency": 1.5}, "--efficiency is a share of the peak"),

@@ -1,4 +1,4 @@
-"""Parameters are counted exactly, and unclear models are refused."""
+"""Parameters are counted exactly, and models that plans do not cover are refused."""
 
 from collections.abc import Callable
 from math import prod
@@ -110,6 +110,6 @@ def test_layout_survives_being_written_as_flags(layout: Layout) -> None:
     assert layout_in([*kept, *layout_flags(layout)], layout.ranks) == layout
 
 
-def test_gpus_that_are_no_multiple_of_a_replica_are_refused() -> None:
-    with pytest.raises(ConfigError, match="6 GPUs are no multiple of TP 4 x PP 1"):
+def test_gpus_that_are_not_a_multiple_of_a_replica_are_refused() -> None:
+    with pytest.raises(ConfigError, match="6 GPUs are not a multiple of TP 4 x PP 1"):
         layout_in(["--tensor-model-parallel-size", "4"], 6)

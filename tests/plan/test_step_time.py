@@ -1,4 +1,4 @@
-"""Bytes on links and seconds, against real messages, a simulated pipeline, published trainings."""
+"""Bytes and seconds are compared with real messages, a simulated pipeline and published runs."""
 
 from collections.abc import Callable
 
@@ -36,11 +36,11 @@ def test_sparse_messages_have_the_size_of_real_ones() -> None:
     assert message_bytes(shape, layout, 0, sparse=False) == (x.nbytes, x.nbytes)
 
 
-def test_boundary_behind_a_dense_layer_stays_dense(small: Callable[..., Shape]) -> None:
+def test_boundary_after_a_dense_layer_stays_dense(small: Callable[..., Shape]) -> None:
     shape, layout = small("--topk-layers", "0-2"), Layout(tp=1, pp=4, dp=1)
     sizes = [[message_bytes(shape, layout, b, sparse=s) for b in range(3)] for s in (False, True)]
-    assert sizes[0][0] > sizes[1][0]  # behind layer 1
-    assert sizes[0][1:] == sizes[1][1:]  # behind layers 3 and 5
+    assert sizes[0][0] > sizes[1][0]  # after layer 1
+    assert sizes[0][1:] == sizes[1][1:]  # after layers 3 and 5
 
 
 def test_tensor_parallel_bytes_are_those_of_the_collectives(small: Callable[..., Shape]) -> None:
@@ -54,7 +54,7 @@ def test_tensor_parallel_bytes_are_those_of_the_collectives(small: Callable[...,
     assert tensor_bytes(shape, Layout(tp=1, pp=2, dp=4)) == 0
 
 
-def test_data_parallel_bytes_are_gradients_and_weights_once_a_step(
+def test_data_parallel_bytes_are_gradients_and_weights_once_per_step(
     small: Callable[..., Shape],
 ) -> None:
     shape = small()
@@ -72,7 +72,7 @@ def test_middle_stage_sends_most(small: Callable[..., Shape]) -> None:
 
 
 def simulated(forward: list[float], backward: list[float], count: int) -> float:
-    """Seconds of 1F1B, event by event: a stage works in its order as soon as it has its input."""
+    """Return the seconds of 1F1B, event by event: a stage starts as soon as its input is there."""
     stages = len(forward)
     orders = []
     for stage in range(stages):
@@ -159,7 +159,7 @@ def test_data_parallel_traffic_hides_behind_one_microbatch(link: str, is_hidden:
     traffic = traffic_of(shape, layout)
     time = step_time(shape, layout, cluster, traffic)
     microbatch = (time.compute + time.topk) / layout.microbatches(shape)
-    node = 8 * cluster.between * LINK_EFFICIENCY.value  # a ring leaves a node by all its ports
+    node = 8 * cluster.between * LINK_EFFICIENCY.value  # a ring leaves a node through all its ports
     late = traffic.gradients / node - 2 / 3 * microbatch, traffic.weights / node - microbatch / 3
     assert time.data == pytest.approx(sum(max(0.0, seconds) for seconds in late))
     assert (time.data == 0) == is_hidden
@@ -175,7 +175,7 @@ def test_recompute_costs_a_third_more_of_the_layers(small: Callable[..., Shape])
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.billions}B")
-def test_published_trainings_come_out_within_a_quarter(model: Published) -> None:
+def test_published_runs_come_out_within_a_quarter(model: Published) -> None:
     cluster = cluster_of("a100-80", model.gpus // 8, 8, "hdr")
     dp = model.gpus // (model.tp * model.pp)
     layout = Layout(tp=model.tp, pp=model.pp, dp=dp, recompute=True)

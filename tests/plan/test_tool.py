@@ -1,4 +1,4 @@
-"""The command as a user types it, the files that it writes, and what the docs show of it."""
+"""The command as a user types it, the files that it writes, and its output in the docs."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_json_holds_every_layout_and_reason() -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The command in this process, from the repository's root."""
+    """Return a function that runs the command in this process, in the repository's root."""
     main = runpy.run_path(str(REPOSITORY / "tools" / "plan.py"))["main"]
 
     def call(*words: str) -> None:
@@ -134,7 +134,7 @@ def test_plans_are_made_without_megatron() -> None:
 
 
 def fake_slurm(directory: Path) -> Path:
-    """An srun that writes down its arguments, and a scontrol that knows one node."""
+    """Write an srun that records its arguments and a scontrol that knows one node."""
     directory.mkdir()
     srun, scontrol = directory / "srun", directory / "scontrol"
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$RUN/srun.txt"\nenv >"$RUN/env.txt"\n')
@@ -154,7 +154,7 @@ def test_written_script_starts_the_chosen_layout(tmp_path: Path) -> None:
     assert shape_of(read_flags(arguments)) == shape_of(config_flags("70b"))
     assert layout_in(read_flags(arguments)) == Layout(tp=4, pp=4, dp=1)
 
-    copy = tmp_path / "spooled"  # as Slurm runs it, away from its folder
+    copy = tmp_path / "spooled"  # Slurm runs a copy outside its folder
     shutil.copy(script, copy)
     slurm = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
     path = f"{fake_slurm(tmp_path / 'bin')}:{os.environ['PATH']}"

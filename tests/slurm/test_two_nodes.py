@@ -1,7 +1,7 @@
-"""The scripts of examples/slurm on a real Slurm of two nodes, with a preemption in the middle.
+"""Runs the scripts of examples/slurm on a real two-node Slurm, with a preemption half way.
 
-slurmctld, two slurmd and munged run on loopback; the packages are installed when they are missing
-and this is root with apt-get, otherwise the tests are skipped and say so.
+slurmctld, two slurmd and munged run on loopback. Missing packages are installed if this is root and
+there is apt-get; otherwise the tests are skipped and say so.
 """
 
 import os
@@ -26,7 +26,7 @@ STEPS = 12
 
 
 class Cluster:
-    """Clients of the Slurm on loopback."""
+    """Commands for the Slurm on loopback."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -45,7 +45,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, *options: str | Path, **variables: str) -> str:
-        """Returns: the number of the job."""
+        """Submit a job; return its number."""
         return self.run("sbatch", "--parsable", *map(str, options), **variables).strip()
 
     def state(self, job: str) -> str:
@@ -53,16 +53,16 @@ class Cluster:
         return re.findall(r"JobState=(\w+)", shown)[-1]
 
     def start_now(self, job: str) -> None:
-        """Let a requeued job start without the two minutes for which Slurm holds it back."""
+        """Start a requeued job without the two minutes for which Slurm holds it back."""
         for _ in range(100):
             if self.state(job) == "PENDING":
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
                 return
-            time.sleep(0.2)  # the old life is still being cleaned up
+            time.sleep(0.2)  # Slurm is still cleaning up the previous life
         raise AssertionError(f"job {job} was not requeued but is {self.state(job)}")
 
     def wait(self, job: str, seconds: int, log: Path) -> None:
-        """Until the job is over."""
+        """Wait until the job has completed."""
         state = "unknown"
         for _ in range(seconds * 2):
             state = self.state(job)
@@ -99,7 +99,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def job(flags: list[str], dataset: Path, tokenizer: Path, tmp_path: Path) -> dict[str, str]:  # noqa: F811
-    """What the user sets at the top of the scripts."""
+    """Return the variables that a user sets at the top of the scripts."""
     arguments = [*flags, *TOPK, "--train-iters", str(STEPS)]
     cut = arguments.index("--data-path")
     config = tmp_path / "tiny.args"
@@ -129,7 +129,7 @@ def test_preempted_job_goes_back_to_the_queue_and_ends_with_the_same_losses(
     script = SCRIPTS / "many_nodes.sbatch"
     number = cluster.submit("--nodes=2", f"--output={log}", script, **job, **slow)
     wait_for(r"iteration +3/", log)
-    # It outranks the other on both nodes, and leaves them again.
+    # This job outranks the other on both nodes, and soon ends.
     cluster.submit("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1")
     wait_for(r"== job \d+\.0 ended with", log)
     cluster.start_now(number)

@@ -1,1 +1,1 @@
-"""What a model costs on a cluster, before there is one: memory, traffic, time, the best layout."""
+"""What a model will cost on a cluster: memory, traffic, time, and the best layout."""

@@ -1,7 +1,7 @@
-"""Every number of a plan that is assumed and not counted, in one table with its source.
+"""Every number of a plan that is assumed rather than counted, in one table with its source.
 
-Data sheets give peaks, publications give what others reached. Nothing here was measured by this
-project; `python tools/plan.py --assumptions` prints the table.
+Peaks come from data sheets, reached shares from publications. This project measured none of them.
+`python tools/plan.py --assumptions` prints the table.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ class Assumption:
     """A named number.
 
     Attributes:
-        name: what it is, with its unit.
-        value: in that unit.
-        source: where it comes from, or why it was chosen.
+        name: What the number is, with its unit.
+        value: The number, in that unit.
+        source: Where it comes from, or why it was chosen.
     """
 
     name: str
@@ -28,18 +28,18 @@ class Assumption:
 COMPUTE_EFFICIENCY = Assumption(
     name="share of a GPU's peak that a layer's kernels reach, without communication or bubble",
     value=0.5,
-    source="so that whole steps come out near published ones: 41 to 48 % of H100s' peak "
+    source="chosen so that whole steps come out near published ones: 41 to 48 % of H100s' peak "
     "(Megatron-LM's README), 43 to 52 % of A100s' (arXiv 2104.04473, table 1)",
 )
 USABLE_MEMORY = Assumption(
-    name="share of a GPU's memory for the model; CUDA, NCCL and fragments take the rest",
+    name="share of a GPU's memory for the model; CUDA, NCCL and fragmentation take the rest",
     value=0.9,
     source="a guess",
 )
 LINK_EFFICIENCY = Assumption(
     name="share of a link's peak that large messages reach",
     value=0.8,
-    source="a guess, near what is commonly reported for nccl-tests",
+    source="a guess, close to common reports for nccl-tests",
 )
 PASS_EFFICIENCY = Assumption(
     name="share of a GPU's memory bandwidth that TopK, packing and unpacking reach",
@@ -49,7 +49,7 @@ PASS_EFFICIENCY = Assumption(
 PACK_LAUNCHES = Assumption(
     name="seconds of kernel launches to pack and unpack one message",
     value=50e-6,
-    source="a guess, some ten launches",
+    source="a guess: about ten launches",
 )
 SCALARS = (COMPUTE_EFFICIENCY, USABLE_MEMORY, LINK_EFFICIENCY, PASS_EFFICIENCY, PACK_LAUNCHES)
 
@@ -59,12 +59,12 @@ class Gpu:
     """One accelerator, by its data sheet.
 
     Attributes:
-        name: as on the command line.
-        memory: bytes.
-        flops: dense bfloat16 operations a second, at peak.
-        bandwidth: of its memory, bytes a second.
-        nvlink: bytes a second in one direction to the other GPUs of its node.
-        source: the data sheet.
+        name: The name on the command line.
+        memory: Its memory in bytes.
+        flops: Dense bfloat16 operations per second, at peak.
+        bandwidth: Memory bandwidth in bytes per second.
+        nvlink: Bytes per second in one direction to the other GPUs of its node.
+        source: The data sheet.
     """
 
     name: str
@@ -119,28 +119,32 @@ _GPUS = (
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 
-# Between nodes: bytes a second in one direction for each GPU of a node, at peak.
+# Between nodes: bytes per second in one direction for each GPU of a node, at peak.
 LINKS = {
-    "xdr": Assumption(name="InfiniBand XDR, a port a GPU", value=100e9, source="800 Gbit/s"),
-    "ndr": Assumption(name="InfiniBand NDR, a port a GPU", value=50e9, source="400 Gbit/s"),
-    "hdr": Assumption(name="InfiniBand HDR, a port a GPU", value=25e9, source="200 Gbit/s"),
+    "xdr": Assumption(name="InfiniBand XDR, one port per GPU", value=100e9, source="800 Gbit/s"),
+    "ndr": Assumption(name="InfiniBand NDR, one port per GPU", value=50e9, source="400 Gbit/s"),
+    "hdr": Assumption(name="InfiniBand HDR, one port per GPU", value=25e9, source="200 Gbit/s"),
     "eth100": Assumption(
-        name="100 Gbit/s Ethernet for 8 GPUs", value=12.5e9 / 8, source="100 Gbit/s a node"
+        name="100 Gbit/s Ethernet for 8 GPUs", value=12.5e9 / 8, source="100 Gbit/s per node"
     ),
     "eth10": Assumption(
-        name="10 Gbit/s Ethernet for 8 GPUs", value=1.25e9 / 8, source="10 Gbit/s a node"
+        name="10 Gbit/s Ethernet for 8 GPUs", value=1.25e9 / 8, source="10 Gbit/s per node"
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`nodes` machines of `gpus_per_node` GPUs.
+    """A cluster of equal machines.
 
     Attributes:
-        inside, between: bytes a second in one direction and GPU, at peak, in a node and between
-            nodes.
-        efficiency: share of the peak that compute reaches; see `COMPUTE_EFFICIENCY`.
+        gpu: The accelerator.
+        nodes: Number of machines.
+        gpus_per_node: GPUs of one machine.
+        inside: Peak bytes per second in one direction per GPU, inside a node.
+        between: Peak bytes per second in one direction per GPU, between nodes.
+        link: The link between nodes, as on the command line.
+        efficiency: Share of the peak that compute reaches; see `COMPUTE_EFFICIENCY`.
     """
 
     gpu: Gpu
@@ -153,31 +157,31 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """All GPUs."""
+        """Number of GPUs."""
         return self.nodes * self.gpus_per_node
 
     @property
     def memory(self) -> float:
-        """Bytes of a GPU that a model may take."""
+        """Bytes of a GPU's memory that a model may use."""
         return USABLE_MEMORY.value * self.gpu.memory
 
     @property
     def flops(self) -> float:
-        """Operations a second that a GPU is assumed to reach."""
+        """Operations per second that a GPU is assumed to reach."""
         return self.efficiency * self.gpu.flops
 
     @property
     def passes(self) -> float:
-        """Bytes of GPU memory a second that TopK and packing are assumed to reach."""
+        """Memory bandwidth in bytes per second that TopK and packing are assumed to reach."""
         return PASS_EFFICIENCY.value * self.gpu.bandwidth
 
     def seconds(self, size: float, *, inside: bool, ports: int = 1) -> float:
-        """Time of `size` bytes from one GPU.
+        """Time to send `size` bytes from one GPU, in seconds.
 
         Args:
-            size: bytes.
-            inside: whether the GPUs that talk are in one node.
-            ports: links between nodes that carry it side by side.
+            size: Number of bytes.
+            inside: Whether sender and receiver are in one node.
+            ports: Number of links between nodes that carry it in parallel.
         """
         peak = self.inside if inside else min(self.inside, self.between * ports)
         return size / (LINK_EFFICIENCY.value * peak)
@@ -192,18 +196,19 @@ def cluster_of(
     nvlink: float | None = None,
     efficiency: float | None = None,
 ) -> Cluster:
-    """Look the names up.
+    """Build a cluster from names.
 
     Args:
-        gpu: a name of `GPUS`.
-        nodes: machines.
-        gpus_per_node: GPUs of one.
-        link: between nodes: a name of `LINKS`, or gigabytes a second and GPU.
-        nvlink: gigabytes a second and GPU inside a node, in one direction; the GPU's own if None.
-        efficiency: in place of `COMPUTE_EFFICIENCY`.
+        gpu: A name in `GPUS`.
+        nodes: Number of machines.
+        gpus_per_node: GPUs of one machine.
+        link: The link between nodes: a name in `LINKS`, or gigabytes per second per GPU.
+        nvlink: Gigabytes per second per GPU in one direction inside a node; None for the data
+            sheet's.
+        efficiency: Replaces `COMPUTE_EFFICIENCY`.
 
     Raises:
-        ConfigError: an unknown name or a number out of range.
+        ConfigError: If a name is unknown or a number is out of range.
     """
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu} is unknown; choose one of {', '.join(GPUS)}")
@@ -234,13 +239,13 @@ def _bandwidth(link: str) -> float:
         found = 0.0
     if not 0 < found < float("inf"):
         raise ConfigError(
-            f"--link {link} is unknown; choose one of {', '.join(LINKS)}, or give GB/s a GPU"
+            f"--link {link} is unknown; choose one of {', '.join(LINKS)}, or give GB/s per GPU"
         )
     return found
 
 
 def assumption_rows() -> Iterator[tuple[str, str, str]]:
-    """Name, value and source of everything above, as text."""
+    """Yield name, value and source of everything above, as text."""
     for scalar in SCALARS:
         yield scalar.name, f"{scalar.value:g}", scalar.source
     for gpu in GPUS.values():
@@ -250,4 +255,4 @@ def assumption_rows() -> Iterator[tuple[str, str, str]]:
         )
         yield gpu.name, value, gpu.source
     for name, link in LINKS.items():
-        yield f"{name}: {link.name}", f"{link.value / 1e9:g} GB/s a GPU", link.source
+        yield f"{name}: {link.name}", f"{link.value / 1e9:g} GB/s per GPU", link.source

@@ -1,14 +1,13 @@
-"""Build every pipeline stage of a model without memory or hardware, and check what was built.
+"""Build every pipeline stage of a model without memory or hardware, and check the result.
 
 One process plays the first tensor-parallel rank of each stage in turn, with Megatron's fake process
-group. Arguments pass the checks of a training run and the model is built by the code that such a
-run uses; only the tensors are others: they live on the meta device, which has shapes and no memory.
+group. The arguments pass the checks of a training run, and the code of such a run builds the model.
+Only the tensors differ: they are on the meta device, which has shapes but no memory.
 
-Two things would allocate for real and are kept from it. ``torch.device("meta")`` does not reach
-factories that the CPU layer has wrapped: they go on allocating and say nothing; a mode of our own
-redirects them. And Megatron's initialisation on a CPU makes every matrix whole and in float32, for
-all tensor-parallel ranks, before it takes this rank's part (9 GB for one matrix of a 500B model);
-it is switched off.
+Two things would still allocate memory. ``torch.device("meta")`` does not reach factories that the
+CPU layer has wrapped, which would silently continue to allocate; a mode of our own redirects them.
+And Megatron's CPU initialisation makes every matrix whole and in float32, for all tensor-parallel
+ranks, before it takes this rank's part (9 GB for one matrix of a 500B model); it is switched off.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.shape import Shape, Shapes
 
 _FACTORIES = {"arange", "empty", "eye", "full", "ones", "rand", "randn", "tensor", "zeros"}
-# Dimension along which tensor-parallel ranks share a parameter; the others are whole on each.
+# The dimension in which tensor-parallel ranks split a parameter; each rank has the others whole.
 _SHARDED = {
     "word_embeddings.weight": 0,
     "linear_qkv.weight": 0,
@@ -51,12 +50,12 @@ class Stage:
     """One pipeline stage as built for tensor-parallel rank 0.
 
     Attributes:
-        number: from 0.
-        layers: numbers of its layers, from 0 over the whole model.
-        topk_layers: those of them that have a TopK.
-        shapes: shape of every parameter, by name.
-        parameters: of this rank.
-        output: shape of what the stage's forward pass gives for one microbatch.
+        number: The number of the stage, from 0.
+        layers: Numbers of its layers, from 0 over the whole model.
+        topk_layers: Numbers of its layers that have a TopK.
+        shapes: The shape of every parameter, by name.
+        parameters: Number of parameters on this rank.
+        output: The shape of the stage's output for one microbatch.
     """
 
     number: int
@@ -71,20 +70,18 @@ def dry_run(flags: Sequence[str]) -> list[Stage]:
     """Build and check all stages of the layout that `flags` ask for, with one replica.
 
     Args:
-        flags: of pretraining, with ``--vocab-size``; data, tokenizer and folders are not needed.
+        flags: Pretraining flags with ``--vocab-size``; data, tokenizer and folders are not needed.
 
     Returns:
-        the stages, each equal to the plan.
+        The stages, each equal to the plan.
 
     Raises:
-        ConfigError: the training run would refuse the flags, or a stage is not as planned.
+        ConfigError: If a training run would refuse the flags, or a stage differs from the plan.
     """
     shape = shape_of(flags)
     own = layout_in(flags)
     if own.tp > 1 and "--sequence-parallel" not in flags:
-        raise ConfigError(
-            "plans are made for tensor parallelism with --sequence-parallel; add the flag"
-        )
+        raise ConfigError("plans assume tensor parallelism with --sequence-parallel; add the flag")
     prepare_device()
     with rank_zero(own.ranks), _quiet():
         args, config = _arguments(flags)
@@ -98,10 +95,10 @@ def dry_run(flags: Sequence[str]) -> list[Stage]:
 
 
 def check_stage(shape: Shape, layout: Layout, stage: Stage) -> None:
-    """Hold a stage against the plan.
+    """Check a stage against the plan.
 
     Raises:
-        ConfigError: layers, TopK layers, a parameter or the output is another; names the first.
+        ConfigError: If layers, TopK layers, a parameter or the output differ; names the first one.
     """
     planned_layers = tuple(shape.stage_layers(layout.pp, stage.number))
     chosen = tuple(layer for layer in planned_layers if layer in shape.topk.layers)
@@ -117,13 +114,13 @@ def check_stage(shape: Shape, layout: Layout, stage: Stage) -> None:
         if built != expected:
             raise ConfigError(
                 f"stage {stage.number} is not as planned: {name} is {built}, the plan has "
-                f"{expected}; a flag that the planner does not know changes the model"
+                f"{expected}; a flag unknown to the planner changes the model"
             )
 
 
 def stage_table(stages: list[Stage]) -> str:
-    """One line a stage."""
-    lines = [f"{'stage':>5} {'layers':>9} {'with TopK':>9} {'parameters a rank':>18}  output"]
+    """Return a table with one line per stage."""
+    lines = [f"{'stage':>5} {'layers':>9} {'with TopK':>9} {'parameters/rank':>18}  output"]
     for stage in stages:
         layers = f"{stage.layers[0]}-{stage.layers[-1]}"
         chosen = f"{len(stage.topk_layers)} of {len(stage.layers)}"
@@ -134,7 +131,7 @@ def stage_table(stages: list[Stage]) -> str:
 
 
 class _OnMeta(TorchFunctionMode):
-    """`torch.device("meta")` for a torch whose factories are wrapped."""
+    """Does what `torch.device("meta")` does, also where torch's factories are wrapped."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -146,7 +143,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 def _arguments(flags: Sequence[str]) -> tuple[Any, TopKConfig]:
-    """Megatron's arguments and the TopK settings, through the checks of a training run."""
+    """Return Megatron's arguments and the TopK settings, after the checks of a training run."""
     from topk_megatron.train.main import parse
 
     extra = ["--fake-process-group", "--mock-data", "--no-initialization"]
@@ -182,7 +179,7 @@ def _build(args: Any, config: TopKConfig, shape: Shape, layout: Layout, number: 
 
 
 def _forward(model: Any, shape: Shape, layout: Layout, number: int) -> tuple[int, ...]:
-    """Shape of the output of one microbatch; collectives are the fake group's, which do nothing."""
+    """Return the output's shape for one microbatch; the fake group's collectives do nothing."""
     ids_BS = torch.zeros(shape.micro_batch, shape.sequence, dtype=torch.long)
     if number > 0:
         received = _hidden(shape, layout)
@@ -213,7 +210,11 @@ def _describe(model: Any, number: int, output: tuple[int, ...]) -> Stage:
 
 
 def check_shard(name: str, parameter: Any) -> None:
-    """Whether Megatron will treat the parameter as one that tensor-parallel ranks share."""
+    """Check that Megatron will split the parameter over tensor-parallel ranks as planned.
+
+    Raises:
+        ConfigError: If it is split in another dimension, or not at all.
+    """
     planned = next((dim for end, dim in _SHARDED.items() if name.endswith(end)), None)
     is_shared = getattr(parameter, "tensor_model_parallel", False)
     built = parameter.partition_dim if is_shared else None
@@ -224,7 +225,7 @@ def check_shard(name: str, parameter: Any) -> None:
 
 
 def _hidden(shape: Shape, layout: Layout) -> tuple[int, int, int]:
-    """[s / tp, b, h]: what stages hand on, under sequence parallelism."""
+    """Return the shape [s / tp, b, h] of what stages pass on, under sequence parallelism."""
     return shape.sequence // layout.tp, shape.micro_batch, shape.hidden
 
 
@@ -236,7 +237,7 @@ def _planned_output(shape: Shape, layout: Layout, number: int) -> tuple[int, ...
 
 @contextlib.contextmanager
 def rank_zero(world_size: int) -> Iterator[None]:
-    """Be the first of so many ranks; afterwards Megatron's globals are as before."""
+    """Be the first of `world_size` ranks; on exit, clear Megatron's globals."""
     before = dict(os.environ)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
@@ -254,7 +255,7 @@ def rank_zero(world_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back Megatron's 700 lines of arguments, and what it warns of in every stage."""
+    """Suppress Megatron's 700 lines of arguments and its warnings about every stage."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Between argument files of pretraining and the planner: a model's shape, a layout's flags."""
+"""Translates pretraining flags into a model's shape and a layout, and a layout into flags."""
 
 import argparse
 import shlex
@@ -22,7 +22,7 @@ _SWITCHES = (
     *("disable-bias-linear", "add-qkv-bias", "qk-layernorm", "sequence-parallel"),
 )
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
-# What changes a model or its schedule in a way that the planner does not know.
+# These change a model or its schedule in ways that the planner does not count.
 _REFUSED = (
     *("--num-experts", "--multi-latent-attention", "--mtp-num-layers", "--spec"),
     *("--context-parallel-size", "--fp8-format", "--fp4-format", "--use-torch-fsdp2"),
@@ -31,7 +31,7 @@ _REFUSED = (
     *("--decoder-last-pipeline-num-layers", "--account-for-embedding-in-pipeline-split"),
     *("--account-for-loss-in-pipeline-split", "--use-tp-pp-dp-mapping"),
 )
-# What a plan chooses: flag and how many words follow it.
+# The flags that a plan chooses, and how many words follow each.
 _LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": 1,
     "--pipeline-model-parallel-size": 1,
@@ -52,7 +52,11 @@ _LAYOUT_FLAGS = {
 
 
 def read_flags(path: Path) -> list[str]:
-    """The words of an argument file; ``#`` begins a comment."""
+    """Return the words of an argument file; ``#`` begins a comment.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -61,11 +65,10 @@ def read_flags(path: Path) -> list[str]:
 
 
 def shape_of(flags: Sequence[str]) -> Shape:
-    """The model that flags of pretraining describe; flags that do not bear on it are passed over.
+    """Return the model that pretraining flags describe; ignores flags that do not affect it.
 
     Raises:
-        ConfigError: a size is missing or does not divide, or the model is none that plans are made
-            for.
+        ConfigError: If a size is missing or does not divide, or if plans do not cover the model.
     """
     for flag in _REFUSED:
         if any(word == flag or word.startswith(f"{flag}=") for word in flags):
@@ -82,14 +85,14 @@ def shape_of(flags: Sequence[str]) -> Shape:
 
 
 def layout_in(flags: Sequence[str], gpus: int | None = None) -> Layout:
-    """The layout that the flags themselves ask for.
+    """Return the layout that the flags themselves ask for.
 
     Args:
-        flags: of pretraining.
-        gpus: of the whole job; None is one replica.
+        flags: Pretraining flags.
+        gpus: GPUs of the whole job; None for one replica.
 
     Raises:
-        ConfigError: a size below 1, or GPUs that are no multiple of a replica.
+        ConfigError: If a size is below 1, or `gpus` is not a multiple of a replica.
     """
     parsed = _parse(flags)
     tp, pp = parsed.tensor_model_parallel_size, parsed.pipeline_model_parallel_size
@@ -97,7 +100,7 @@ def layout_in(flags: Sequence[str], gpus: int | None = None) -> Layout:
         raise ConfigError(f"parallel sizes must be at least 1, got TP {tp} and PP {pp}")
     gpus = tp * pp if gpus is None else gpus
     if gpus % (tp * pp):
-        raise ConfigError(f"{gpus} GPUs are no multiple of TP {tp} x PP {pp}")
+        raise ConfigError(f"{gpus} GPUs are not a multiple of TP {tp} x PP {pp}")
     return Layout(
         tp=tp,
         pp=pp,
@@ -109,7 +112,7 @@ def layout_in(flags: Sequence[str], gpus: int | None = None) -> Layout:
 
 
 def layout_flags(layout: Layout) -> list[str]:
-    """The flags of pretraining that make this layout."""
+    """Return the pretraining flags that select this layout."""
     flags = ["--bf16"]
     if layout.tp > 1:
         flags += ["--tensor-model-parallel-size", str(layout.tp), "--sequence-parallel"]
@@ -125,7 +128,7 @@ def layout_flags(layout: Layout) -> list[str]:
 
 
 def without_layout(flags: Sequence[str]) -> list[str]:
-    """The flags of an argument file less those that a plan chooses."""
+    """Return the flags of an argument file without those that a plan chooses."""
     kept: list[str] = []
     for group in grouped(flags):
         flag, _, joined = group[0].partition("=")
@@ -140,7 +143,7 @@ def without_layout(flags: Sequence[str]) -> list[str]:
 
 
 def grouped(words: Iterable[str]) -> Iterator[list[str]]:
-    """Each flag with the words that follow it."""
+    """Yield each flag with the words that follow it."""
     group: list[str] = []
     for word in words:
         if word.startswith("--") and group:

@@ -1,4 +1,4 @@
-"""How a model is cut over GPUs: tensor, pipeline and data parallel sizes, recompute, sparsity."""
+"""How a model is split over GPUs: parallel sizes, recompute and sparsity."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,15 @@ from topk_megatron.plan.shape import Shape
 class Layout:
     """tp x pp x dp ranks, in Megatron's order: tensor ranks are neighbours, pipeline stages apart.
 
-    With tp above 1 sequence parallelism is on; the distributed optimizer always is.
+    Sequence parallelism is on when tp is above 1; the distributed optimizer is always on.
 
     Attributes:
-        recompute: whether every layer is computed again in the backward pass (full, each layer).
-        sparse_p2p, sparse_save: ``--topk-sparse-p2p`` and ``--topk-sparse-save``.
+        tp: Tensor-parallel size.
+        pp: Pipeline-parallel size.
+        dp: Data-parallel size.
+        recompute: Whether the backward pass computes every layer again (full recompute).
+        sparse_p2p: ``--topk-sparse-p2p``.
+        sparse_save: ``--topk-sparse-save``.
     """
 
     tp: int
@@ -25,19 +29,19 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All ranks of the job."""
+        """Number of ranks of the job."""
         return self.tp * self.pp * self.dp
 
     def microbatches(self, shape: Shape) -> int:
-        """Microbatches of a step on one data-parallel replica."""
+        """Return the microbatches per step on one data-parallel replica."""
         return shape.global_batch // (shape.micro_batch * self.dp)
 
     def tokens(self, shape: Shape) -> float:
-        """Tokens of a microbatch on one rank, under sequence parallelism."""
+        """Return the tokens of a microbatch on one rank, under sequence parallelism."""
         return shape.sequence * shape.micro_batch / self.tp
 
     def words(self) -> str:
-        """As a line of text says it."""
+        """Return the layout as one line of text."""
         extras = {
             "recompute": self.recompute,
             "sparse transport": self.sparse_p2p,

@@ -1,4 +1,4 @@
-"""Bytes of a GPU's memory: weights, gradients, optimizer, activations dense and sparse.
+"""Memory of a GPU in bytes: weights, gradients, optimizer, dense and sparse activations.
 
 Formulas (bytes; s tokens of a sequence, b sequences of a microbatch, t TP, d DP, m microbatches, P
 parameters of a rank, H, F, A, G, D as in `topk_megatron.plan.shape`):
@@ -6,22 +6,22 @@ parameters of a rank, H, F, A, G, D as in `topk_megatron.plan.shape`):
     weights 2 P, gradients 4 P, optimizer 12 P / d: bfloat16 weights, float32 gradients, and float32
     master weights and Adam's moments over the d ranks of the distributed optimizer
 
-    kept of a layer, for each of its s b / t tokens (fused attention, bfloat16):
+    kept by a layer for each of its s b / t tokens (fused attention, bfloat16):
         8 H    inputs of both norms, of QKV and of the first MLP layer
         2 (A + 2 G) D + 2 A D    queries, keys and values; attention's output
         6 F with a gate, 4 F without    inputs of the activation and of the second MLP layer
         2 H    masks, only with dropout
         H / 8    the selection of a TopK
-    under full recompute its input alone, 2 H, and one layer's whole while it is computed again
+    under full recompute only its input, 2 H, and all of one layer while it is computed again
 
-    sparse: an input that is a TopK output takes what its message takes (`parallel.wire`), the
-    embedding's output its token ids
+    sparse: an input that is a TopK output takes as much as its message (`parallel.wire`), the
+    embedding's output as much as its token ids
 
     in flight on stage i of p: min(m, p - i) microbatches; output layer on the last stage: 6 V + 4 H
-    a token and rank (logits in bfloat16 and float32, inputs of the final norm and of the layer)
+    per token and rank (logits in bfloat16 and float32, inputs of the final norm and of the layer)
 
-Not counted: buffers of NCCL and kernels, fragments (`assumptions.USABLE_MEMORY`), token ids,
-softmax statistics of fused attention, rotary tables.
+Not counted are buffers of NCCL and kernels, fragmentation (`assumptions.USABLE_MEMORY`), token ids,
+softmax statistics of fused attention and rotary tables.
 """
 
 from dataclasses import dataclass
@@ -32,18 +32,21 @@ from topk_megatron.parallel.wire import WireFormat, wire_format
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.shape import Shape
 
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes a parameter
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes per parameter
 _IDS = 16  # bytes of a token's id and position
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank of one pipeline stage.
+    """Memory of one rank of one pipeline stage, in bytes.
 
     Attributes:
-        stage: its number.
-        weights, gradients, optimizer: of its parameters.
-        dense, sparse: activations, without and with sparse saving.
+        stage: The number of the stage.
+        weights: Its weights.
+        gradients: Its gradients.
+        optimizer: Its share of the optimizer's state.
+        dense: Its activations without sparse saving.
+        sparse: Its activations with sparse saving.
     """
 
     stage: int
@@ -59,12 +62,12 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     def total(self, *, sparse_save: bool) -> float:
-        """All of it."""
+        """Return the sum, with dense or sparse activations."""
         return self.states + (self.sparse if sparse_save else self.dense)
 
 
 def memory_of(shape: Shape, layout: Layout, stage: int) -> Memory:
-    """Memory of a rank of pipeline stage `stage`."""
+    """Return the memory of a rank of pipeline stage `stage`."""
     parameters = shape.stage_parameters(layout.tp, layout.pp, stage)
     return Memory(
         stage=stage,
@@ -77,24 +80,24 @@ def memory_of(shape: Shape, layout: Layout, stage: int) -> Memory:
 
 
 def fullest(shape: Shape, layout: Layout) -> Memory:
-    """The stage whose ranks need most, with the saving that the layout chooses."""
+    """Return the memory of the stage that needs most, with the layout's way of saving."""
     stages = (memory_of(shape, layout, stage) for stage in range(layout.pp))
     return max(stages, key=lambda memory: memory.total(sparse_save=layout.sparse_save))
 
 
 def wire_of(shape: Shape, *, at_peak: bool = False) -> WireFormat | None:
-    """How a TopK output travels and is kept; None where dense is as good.
+    """Return the format in which a TopK output is sent and kept; None where dense is as good.
 
     Args:
-        shape: the model.
-        at_peak: at the largest k of an annealing, which memory has to hold, and not at the final k.
+        shape: The model.
+        at_peak: Use the largest k of the annealing, which memory must hold, not the final k.
     """
     k = max(shape.topk.k, shape.topk.start_k) if at_peak else shape.topk.k
     return wire_format(shape.hidden, k, torch.bfloat16)
 
 
 def layer_bytes(shape: Shape, layer: int) -> float:
-    """Bytes a token that a layer keeps without recompute, over all tensor-parallel ranks."""
+    """Return the bytes per token that a layer keeps without recompute, over all its ranks."""
     kept = 8 * shape.hidden + 2 * (shape.qkv_width + shape.attention_width)
     kept += (6 if shape.gated else 4) * shape.ffn
     kept += 2 * shape.hidden if shape.dropout else 0
@@ -102,10 +105,11 @@ def layer_bytes(shape: Shape, layer: int) -> float:
 
 
 def input_bytes(shape: Shape, layout: Layout, layer: int, *, sparse: bool) -> float:
-    """Bytes a token of a layer's input as it is kept.
+    """Return the bytes per token of a layer's input in the form in which it is kept.
 
-    What the first layer of a stage received stays dense unless it was sent sparsely. What the
-    embedding gave is looked up again, unless there is dropout: every rank keeps ids and positions.
+    The received input of a stage's first layer stays dense unless it was sent sparsely. The
+    embedding's output is looked up again unless there is dropout, so every rank keeps ids and
+    positions.
     """
     wire = wire_of(shape, at_peak=True)
     if sparse and layer == 0 and shape.topk.residual_layers and not shape.dropout:
@@ -120,7 +124,7 @@ def input_bytes(shape: Shape, layout: Layout, layer: int, *, sparse: bool) -> fl
 
 
 def activations(shape: Shape, layout: Layout, stage: int, *, sparse: bool) -> float:
-    """Bytes of activations at the peak of a step, on one rank of a stage."""
+    """Return the bytes of activations at the peak of a step, on one rank of a stage."""
     tokens = layout.tokens(shape)
     layers = shape.stage_layers(layout.pp, stage)
     whole = sum(layer_bytes(shape, layer) for layer in layers)

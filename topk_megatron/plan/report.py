@@ -1,4 +1,4 @@
-"""A plan as text and as plain values for JSON."""
+"""Presents a plan as text and as plain values for JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,18 +19,20 @@ _KINDS = {
 
 
 def describe(shape: Shape, cluster: Cluster, found: Found, rows: int, own: Layout | None) -> str:
-    """The best layouts in a table, the best one's figures, and why the others fell out.
+    """Return the best layouts in a table, figures of the best, and why others were rejected.
 
     Args:
-        shape, cluster, found: the question and its answer.
-        rows: layouts to show.
-        own: the layout that the argument file itself asks for, to point at.
+        shape: The model.
+        cluster: The cluster that was searched for.
+        found: The outcome of the search.
+        rows: Number of layouts to show.
+        own: The argument file's own layout, to be marked in the table.
     """
     lines = [
         *_question(shape, cluster),
         "",
         f"  {'TP':>3} {'PP':>3} {'DP':>5}  {'recompute':<9} {'sparse':<10} "
-        f"{'GB a GPU':>8} {'s a step':>9} {'tokens/s':>11} {'MFU':>6}  loses most by",
+        f"{'GB/GPU':>8} {'s/step':>9} {'tokens/s':>11} {'MFU':>6}  loses most by",
     ]
     best = found.fitting[0]
     for one in found.fitting[:rows]:
@@ -44,21 +46,21 @@ def describe(shape: Shape, cluster: Cluster, found: Found, rows: int, own: Layou
 
 
 def details(shape: Shape, estimate: Estimate) -> list[str]:
-    """Memory, traffic and time of one layout."""
+    """Return memory, traffic and time of one layout, as lines of text."""
     memory, traffic, time = estimate.memory, estimate.traffic, estimate.time
     step = ", ".join(f"{name} {seconds:.3g}" for name, seconds in asdict(time).items())
     lines = [
-        f"best: {estimate.layout.words()}; {estimate.layout.microbatches(shape)} microbatches a "
+        f"best: {estimate.layout.words()}; {estimate.layout.microbatches(shape)} microbatches per "
         "step and replica",
-        f"  GB in a GPU of stage {memory.stage}, the fullest: weights {memory.weights / _GB:.2f}, "
+        f"  GB on a GPU of stage {memory.stage}, the fullest: weights {memory.weights / _GB:.2f}, "
         f"gradients {memory.gradients / _GB:.2f}, optimizer {memory.optimizer / _GB:.2f}",
         f"    activations {memory.dense / _GB:.2f} dense, {memory.sparse / _GB:.2f} with sparse "
         "saving",
-        f"  GB that the busiest GPU sends in a step: tensor parallel {traffic.tensor / _GB:.2f}, "
+        f"  GB that the busiest GPU sends per step: tensor parallel {traffic.tensor / _GB:.2f}, "
         f"data parallel {traffic.data / _GB:.2f}",
         f"    pipeline {traffic.pipeline_dense / _GB:.2f} dense, "
         f"{traffic.pipeline_sparse / _GB:.2f} sparse",
-        f"  seconds of a step: {step}",
+        f"  seconds per step: {step}",
     ]
     if shape.iterations is not None:
         trained = short(shape.iterations * shape.tokens)
@@ -69,7 +71,7 @@ def details(shape: Shape, estimate: Estimate) -> list[str]:
 
 
 def loss(best: Estimate, other: Estimate) -> str:
-    """Where another layout loses most of its time to the best."""
+    """Return the part of a step in which a layout is furthest behind the best."""
     parts = asdict(best.time)
     more = {name: seconds - parts[name] for name, seconds in asdict(other.time).items()}
     name = max(more, key=lambda part: more[part])
@@ -77,7 +79,7 @@ def loss(best: Estimate, other: Estimate) -> str:
 
 
 def short(count: float) -> str:
-    """A count as 7.05B or 97.5M."""
+    """Return a count in the form 7.05B or 97.5M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g}{letter}"
@@ -85,7 +87,7 @@ def short(count: float) -> str:
 
 
 def to_json(shape: Shape, cluster: Cluster, found: Found, own: Layout | None) -> dict[str, Any]:
-    """Everything, with bytes and seconds as numbers."""
+    """Return everything, with bytes and seconds as numbers."""
     return {
         "format_version": FORMAT_VERSION,
         "note": "estimates; nothing here was measured",
@@ -102,7 +104,7 @@ def to_json(shape: Shape, cluster: Cluster, found: Found, own: Layout | None) ->
 
 
 def assumption_table() -> str:
-    """The table of assumptions, as Markdown."""
+    """Return the table of assumptions as Markdown."""
     lines = ["| assumed | value | source |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in assumption_rows())])
 
@@ -112,10 +114,10 @@ def _question(shape: Shape, cluster: Cluster) -> list[str]:
     sparse = f"k {shape.topk.k} at {len(layers)} of them" if layers else "dense"
     return [
         f"{short(shape.parameters)} parameters: {shape.layers} layers, {sparse}, H "
-        f"{shape.hidden}; {shape.global_batch:,} x {shape.sequence:,} tokens a step",
+        f"{shape.hidden}; {shape.global_batch:,} x {shape.sequence:,} tokens per step",
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, "
         f"{cluster.memory / _GB:.0f} of {cluster.gpu.memory / _GB:.0f} GB usable; "
-        f"{cluster.inside / _GB:g} GB/s a GPU inside a node, {cluster.between / _GB:g} between",
+        f"{cluster.inside / _GB:g} GB/s per GPU inside a node, {cluster.between / _GB:g} between",
         f"ESTIMATES with kernels at {cluster.efficiency:.0%} of the peak, an assumption "
         "(--assumptions lists all); nothing was measured",
     ]
@@ -143,7 +145,7 @@ def _sparse(layout: Layout) -> str:
 
 def _rejections(found: Found) -> Iterator[str]:
     if found.rejected:
-        yield "\nfell out:"
+        yield "\nrejected:"
     for kind, words in _KINDS.items():
         of_kind = [one for one in found.rejected if one.kind == kind]
         if of_kind:

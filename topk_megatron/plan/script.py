@@ -1,4 +1,4 @@
-"""Writes what starts a planned run: an argument file, and a script for sbatch."""
+"""Writes the files that start a planned run: an argument file and an sbatch script."""
 
 import shlex
 from pathlib import Path
@@ -8,7 +8,7 @@ from topk_megatron.plan.assumptions import Cluster
 from topk_megatron.plan.flags import grouped, layout_flags, without_layout
 from topk_megatron.plan.layout import Layout
 
-_LINE = 100  # characters of a line of flags
+_LINE = 100  # characters per line of flags
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -25,13 +25,13 @@ _SCRIPT = """\
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=TERM@600
 #SBATCH --gpus-per-node={gpus}
-# Sites differ in these; uncomment what yours needs.
+# Sites differ here; uncomment what your site needs.
 ##SBATCH --exclusive
 ##SBATCH --partition=gpu
 ##SBATCH --time=24:00:00
 set -euo pipefail
 
-# What else can be set: see examples/slurm/many_nodes.sbatch.
+# examples/slurm/many_nodes.sbatch lists the other variables.
 export PROJECT=${{PROJECT:-$SLURM_SUBMIT_DIR}}
 export CONFIG=${{CONFIG:-{arguments}}}
 export RANKS_PER_NODE={gpus}
@@ -46,17 +46,18 @@ def write_script(
     """Write ``NAME.args`` and ``NAME.sbatch``.
 
     Args:
-        directory: made if it is not there.
-        name: of the files and of the job.
-        flags: of pretraining; those of the layout are replaced.
-        layout, cluster: what was chosen, and for what.
+        directory: The folder to write to; created if missing.
+        name: The name of the files and of the job.
+        flags: Pretraining flags; those of the layout are replaced.
+        layout: The chosen layout.
+        cluster: The cluster that it was chosen for.
 
     Returns:
-        the script and the argument file.
+        The script and the argument file.
 
     Raises:
-        ConfigError: the folder cannot be written, or a flag does not survive the scripts' parser,
-            which splits at white space and drops what follows a ``#``.
+        ConfigError: If the folder cannot be written, or a flag does not survive the scripts'
+            parser, which splits at white space and drops everything after a ``#``.
     """
     chosen = [*without_layout(flags), *layout_flags(layout)]
     odd = [word for word in chosen if not word or word.split() != [word] or "#" in word]
@@ -85,7 +86,7 @@ def write_script(
 
 
 def _wrapped(words: list[str]) -> str:
-    """Flags on lines, each with its values."""
+    """Return the flags in lines, each flag next to its values."""
     lines = [""]
     for group in grouped(words):
         text = " ".join(group)

@@ -1,7 +1,7 @@
-"""Every layout of a model on a cluster: those that fit, fastest first, and why the others do not.
+"""Tries every layout of a model on a cluster: which fit, fastest first, and why others do not.
 
-Tried are tensor-parallel sizes that divide a node's GPUs, pipeline sizes that divide the layers,
-with and without full recompute, with and without the sparse forms; all GPUs are used.
+The search tries tensor-parallel sizes that divide a node's GPUs and pipeline sizes that divide the
+layers, with and without full recompute and the sparse forms. Every layout uses all GPUs.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,20 @@ from topk_megatron.plan.shape import Shape
 from topk_megatron.plan.step_time import StepTime, step_time
 from topk_megatron.plan.traffic import Traffic, traffic_of
 
-# Estimates closer than this are the same: the plainer layout is better.
+# Estimates closer than this count as equal: the simpler layout wins.
 TIE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one layout costs; memory is that of a rank of the fullest stage."""
+    """The cost of one layout.
+
+    Attributes:
+        layout: The layout.
+        memory: The memory of a rank of the fullest stage.
+        traffic: The bytes that the busiest GPU sends per step.
+        time: The seconds per step.
+    """
 
     layout: Layout
     memory: Memory
@@ -30,28 +37,28 @@ class Estimate:
 
     @property
     def bytes(self) -> float:
-        """Of a GPU of the fullest stage."""
+        """Bytes on a GPU of the fullest stage."""
         return self.memory.total(sparse_save=self.layout.sparse_save)
 
     def tokens_per_second(self, shape: Shape) -> float:
-        """Over all GPUs."""
+        """Return the tokens per second over all GPUs."""
         return shape.tokens / self.time.total
 
     def utilization(self, shape: Shape, cluster: Cluster) -> float:
-        """MFU: the model's operations, nothing recomputed, over the GPUs' peak."""
+        """Return the MFU: the model's operations, without recompute, over the GPUs' peak."""
         done = shape.model_flops() * self.tokens_per_second(shape)
         return done / (self.layout.ranks * cluster.gpu.flops)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """A layout that cannot be, or that another beats.
+    """A layout that is not possible.
 
     Attributes:
-        words: the layout, or the sizes that do not go.
-        kind: why, the same for all of a kind.
-        detail: why, for this one.
-        excess: how far it is from being possible, to find the nearest of a kind.
+        words: The layout, or the sizes that do not divide.
+        kind: The kind of reason: ``memory``, ``divide`` or ``batch``.
+        detail: The reason in this case.
+        excess: How far it is from being possible, to find the nearest of a kind.
     """
 
     words: str
@@ -62,14 +69,19 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The outcome: layouts that fit, best first, one for each TP, PP and recompute; the rest."""
+    """The outcome of a search.
+
+    Attributes:
+        fitting: Layouts that fit, one for each TP, PP and recompute; the best first.
+        rejected: The other layouts.
+    """
 
     fitting: list[Estimate]
     rejected: list[Rejected]
 
 
 def estimate(shape: Shape, layout: Layout, cluster: Cluster) -> Estimate:
-    """All figures of one layout."""
+    """Estimate one layout."""
     traffic = traffic_of(shape, layout)
     return Estimate(
         layout=layout,
@@ -83,7 +95,7 @@ def search(shape: Shape, cluster: Cluster) -> Found:
     """Try every layout.
 
     Raises:
-        ConfigError: none fits, or none divides; says what the nearest lacks.
+        ConfigError: If none fits or none divides; says what the nearest lacks.
     """
     rejected: list[Rejected] = []
     fitting: list[Estimate] = []
@@ -95,23 +107,23 @@ def search(shape: Shape, cluster: Cluster) -> Found:
             ]
             possible = [one for one in variants if one.bytes <= cluster.memory]
             if possible:
-                fitting.append(_plainest(possible))
+                fitting.append(_simplest(possible))
             else:
                 rejected.append(_too_large(min(variants, key=lambda one: one.bytes), cluster))
     if not fitting:
         raise ConfigError(_why_none(shape, cluster, rejected))
-    best = _plainest(fitting)
+    best = _simplest(fitting)
     rest = sorted((one for one in fitting if one is not best), key=lambda one: one.time.total)
     return Found(fitting=[best, *rest], rejected=rejected)
 
 
 def divisors(number: int) -> list[int]:
-    """Divisors of a number, ascending."""
+    """Return the divisors of a number in ascending order."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def tensor_obstacle(shape: Shape, tp: int) -> str | None:
-    """What of the model does not divide by a tensor-parallel size."""
+    """Return the sizes of the model that a tensor-parallel size does not divide, or None."""
     parts = {
         "attention heads": shape.heads,
         "query groups": shape.groups,
@@ -135,13 +147,13 @@ def _sizes(
                 continue
             words = f"TP {tp}, PP {pp}"
             if cluster.gpus % (tp * pp):
-                detail = f"{cluster.gpus} GPUs are no multiple of {tp * pp}"
+                detail = f"{cluster.gpus} GPUs are not a multiple of {tp * pp}"
                 rejected.append(Rejected(words=words, kind="divide", detail=detail, excess=pp))
                 continue
             dp = cluster.gpus // (tp * pp)
             if shape.global_batch % (shape.micro_batch * dp):
                 detail = (
-                    f"a batch of {shape.global_batch} is no multiple of DP {dp} x "
+                    f"a batch of {shape.global_batch} is not a multiple of DP {dp} x "
                     f"microbatches of {shape.micro_batch}"
                 )
                 rejected.append(Rejected(words=words, kind="batch", detail=detail, excess=dp))
@@ -150,7 +162,7 @@ def _sizes(
 
 
 def _variants(shape: Shape, tp: int, pp: int, dp: int, *, recompute: bool) -> Iterator[Layout]:
-    """Sparse forms that can be switched on: transport between stages, saving under recompute."""
+    """Yield a layout for each sparse form: transport, and saving under recompute."""
     can_be_sparse = bool(shape.topk.residual_layers) and wire_of(shape) is not None
     for sparse_p2p in (False, True) if can_be_sparse and pp > 1 else (False,):
         for sparse_save in (False, True) if can_be_sparse and recompute else (False,):
@@ -164,17 +176,17 @@ def _variants(shape: Shape, tp: int, pp: int, dp: int, *, recompute: bool) -> It
             )
 
 
-def _plainest(estimates: list[Estimate]) -> Estimate:
-    """The plainest of those that are as good as the fastest."""
+def _simplest(estimates: list[Estimate]) -> Estimate:
+    """Return the simplest of those that are as good as the fastest."""
     least = min(one.time.total for one in estimates)
     near = [one for one in estimates if one.time.total <= least * (1 + TIE)]
 
-    def plainness(one: Estimate) -> tuple[bool, bool, bool, int, int, float]:
+    def simplicity(one: Estimate) -> tuple[bool, bool, bool, int, int, float]:
         layout = one.layout
         sparse = layout.sparse_p2p, layout.sparse_save
         return *sparse, layout.recompute, layout.pp, layout.tp, one.time.total
 
-    return min(near, key=plainness)
+    return min(near, key=simplicity)
 
 
 def _too_large(one: Estimate, cluster: Cluster) -> Rejected:
@@ -182,7 +194,7 @@ def _too_large(one: Estimate, cluster: Cluster) -> Rejected:
     return Rejected(
         words=one.layout.words(),
         kind="memory",
-        detail=f"needs {needs:.1f} GB a GPU of {has:.1f}",
+        detail=f"needs {needs:.1f} GB per GPU of {has:.1f}",
         excess=needs,
     )
 

@@ -1,9 +1,9 @@
 """The shape of a model: every parameter that a rank holds, from Megatron's own flags.
 
-Parameters are counted exactly, tensor by tensor; the dry run holds the same list against the model
-that Megatron builds. Everything else in this package is an estimate that begins with it.
+Parameters are counted exactly, tensor by tensor; the dry run checks the same list against the model
+that Megatron builds. Everything else in this package is an estimate that starts from it.
 
-Shapes: V padded vocabulary, H hidden, F ffn, A query heads, G key and value heads, D their size, t
+Symbols: V padded vocabulary, H hidden, F ffn, A query heads, G key and value heads, D their size, t
 tensor-parallel ranks.
 """
 
@@ -20,23 +20,27 @@ class Shape:
     """A dense decoder with TopK layers, and the batch that it is trained with.
 
     Attributes:
-        layers: transformer layers of the whole model.
-        hidden: H, neurons of the residual stream.
-        ffn: F, width of the MLP.
-        heads, groups, head_size: query heads, key and value heads, neurons of one.
-        vocabulary: pieces of the tokenizer.
-        vocabulary_multiple: what Megatron pads it to, for each tensor-parallel rank.
-        positions: rows of a learned position table; 0 with rotary positions.
-        gated: whether the MLP has a gate (``--swiglu``).
-        tied: whether embedding and output weights are one matrix.
-        norm_biases, biases, qkv_biases: which of norms, linear layers, and the first linear layer
-            of attention have biases.
-        qk_norm: whether queries and keys pass a norm.
-        dropout: whether hidden states do.
-        topk: settings of the TopK.
-        sequence: tokens of a sequence.
-        micro_batch, global_batch: sequences.
-        iterations: training steps, if the flags say so.
+        layers: Transformer layers of the whole model.
+        hidden: H, the neurons of the residual stream.
+        ffn: F, the width of the MLP.
+        heads: A, the query heads.
+        groups: G, the key and value heads.
+        head_size: D, the size of a head.
+        vocabulary: Tokens of the tokenizer.
+        vocabulary_multiple: Megatron pads each tensor-parallel rank's share to a multiple of it.
+        positions: Rows of a learned position table; 0 with rotary positions.
+        gated: Whether the MLP has a gate (``--swiglu``).
+        tied: Whether embedding and output weights are one matrix.
+        norm_biases: Whether norms have biases.
+        biases: Whether linear layers have biases.
+        qkv_biases: Whether the first linear layer of attention has biases.
+        qk_norm: Whether queries and keys are normalised.
+        dropout: Whether hidden states have dropout.
+        topk: Settings of the TopK.
+        sequence: Tokens per sequence.
+        micro_batch: Sequences per microbatch.
+        global_batch: Sequences per step.
+        iterations: Training steps, None if the flags do not say.
     """
 
     layers: int
@@ -63,26 +67,26 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a training step."""
+        """Tokens per training step."""
         return self.global_batch * self.sequence
 
     @property
     def attention_width(self) -> int:
-        """Neurons of all query heads together."""
+        """Width of all query heads together."""
         return self.heads * self.head_size
 
     @property
     def qkv_width(self) -> int:
-        """Neurons of all queries, keys and values."""
+        """Width of all queries, keys and values together."""
         return (self.heads + 2 * self.groups) * self.head_size
 
     def padded(self, tp: int) -> int:
-        """Pieces as Megatron pads them, so that every rank gets a multiple."""
+        """Return the vocabulary as Megatron pads it, so that every rank holds a multiple."""
         multiple = self.vocabulary_multiple * tp
         return -(-self.vocabulary // multiple) * multiple
 
     def layer_shapes(self, tp: int) -> Shapes:
-        """Parameters of one layer on one of `tp` ranks, named as in Megatron's local layer."""
+        """Return a layer's parameters on one of `tp` ranks, named as in Megatron's local layer."""
         h, fc1 = self.hidden, self.ffn * (2 if self.gated else 1) // tp
         shapes: Shapes = {
             **self._norm("input_layernorm", h),
@@ -104,12 +108,12 @@ class Shape:
         return shapes
 
     def stage_layers(self, pp: int, stage: int) -> range:
-        """Numbers of a pipeline stage's layers, from 0 over the whole model."""
+        """Return the numbers of a pipeline stage's layers, from 0 over the whole model."""
         size = self.layers // pp
         return range(stage * size, (stage + 1) * size)
 
     def stage_shapes(self, tp: int, pp: int, stage: int) -> Shapes:
-        """Every parameter of one rank of a pipeline stage, by Megatron's name."""
+        """Return every parameter of one rank of a pipeline stage, by Megatron's name."""
         shapes: Shapes = {}
         if stage == 0:
             shapes["embedding.word_embeddings.weight"] = (self.padded(tp) // tp, self.hidden)
@@ -120,34 +124,34 @@ class Shape:
             shapes |= {f"decoder.layers.{index}.{name}": size for name, size in layer}
         if stage == pp - 1:
             shapes |= self._norm("decoder.final_layernorm", self.hidden)
-            if not self.tied or pp > 1:  # where the first stage is another rank it is a second copy
+            if not self.tied or pp > 1:  # a second copy where the first stage is another rank
                 shapes["output_layer.weight"] = (self.padded(tp) // tp, self.hidden)
         return shapes
 
     def stage_parameters(self, tp: int, pp: int, stage: int) -> int:
-        """Parameters that one rank of a pipeline stage holds."""
+        """Return the number of parameters that one rank of a pipeline stage holds."""
         return sum(map(prod, self.stage_shapes(tp, pp, stage).values()))
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         return self.stage_parameters(1, 1, 0)
 
     def layer_flops(self) -> float:
-        """Operations of one layer's forward pass for a token.
+        """Return the operations of one layer's forward pass per token.
 
-        Two for each entry of a matrix, and for attention's scores and values 2 · 2 · s · A D,
-        halved by the causal mask. Backward takes twice as many.
+        They are two for each entry of a matrix, and 2 · 2 · s · A D for attention's scores and
+        values, halved by the causal mask. Backward takes twice as many.
         """
         matrices = sum(prod(size) for size in self.layer_shapes(1).values() if len(size) == 2)
         return 2 * matrices + 2 * self.sequence * self.attention_width
 
     def output_flops(self, tp: int) -> float:
-        """Operations of the output layer's forward pass for a token, over all ranks."""
+        """Return the operations of the output layer's forward pass per token, over all ranks."""
         return 2 * self.padded(tp) * self.hidden
 
     def model_flops(self) -> float:
-        """Operations of forward and backward for a token, nothing recomputed."""
+        """Return the operations of forward and backward per token, without recompute."""
         return 3 * (self.layers * self.layer_flops() + self.output_flops(1))
 
     def _norm(self, name: str, size: int) -> Shapes:

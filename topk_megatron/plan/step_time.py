@@ -3,14 +3,14 @@
     a stage's microbatch   operations / (efficiency · peak), four thirds under recompute; exposed
                            tensor-parallel bytes; TopK as passes over the hidden state: 2 forward
                            and 2 backward, 2 more under recompute
-    transport              forward and backward message of the slowest boundary, sparse with packing
-                           and unpacking: 4 passes and the launches, each way. Nothing overlaps
+    transport              forward and backward message of the slowest boundary; if sparse, 4 passes
+                           and the launches each way for packing and unpacking. Nothing overlaps
     pipeline               1F1B: the sum over stages, and m - 1 times the slowest; no virtual stages
-    data parallel          gradients behind the backward pass of the last microbatch, weights behind
-                           the forward pass of the first; what is longer than that is added
+    data parallel          gradients overlap with the backward pass of the last microbatch, weights
+                           with the forward pass of the first; the excess is added
 
-Not counted: the optimizer's step, evaluation, checkpoints, the data loader, tied embeddings'
-gradients between first and last stage.
+Not counted are the optimizer's step, evaluation, checkpoints, the data loader, and the gradients of
+tied embeddings between the first and the last stage.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ _PACK_PASSES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step.
+    """The parts of a step, in seconds.
 
     Attributes:
-        compute: the slowest stage's own operations, all microbatches.
-        tensor: exposed tensor-parallel traffic of that stage.
-        topk: the TopK operator of that stage.
-        transport: between stages, all microbatches.
-        bubble: in which a stage waits for others.
-        data: data-parallel traffic that nothing hides.
+        compute: Operations of the slowest stage, over all microbatches.
+        tensor: Exposed tensor-parallel traffic of that stage.
+        topk: The TopK operator of that stage.
+        transport: Transport between stages, over all microbatches.
+        bubble: Time in which a stage waits for others.
+        data: Data-parallel traffic that nothing hides.
     """
 
     compute: float
@@ -46,13 +46,13 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         parts = (self.compute, self.tensor, self.topk, self.transport, self.bubble, self.data)
         return sum(parts)
 
 
 def step_time(shape: Shape, layout: Layout, cluster: Cluster, traffic: Traffic) -> StepTime:
-    """Estimate a step."""
+    """Estimate the time of a step."""
     parts = [_stage_parts(shape, layout, cluster, stage) for stage in range(layout.pp)]
     slowest = max(parts, key=sum)
     count = layout.microbatches(shape)
@@ -69,7 +69,7 @@ def step_time(shape: Shape, layout: Layout, cluster: Cluster, traffic: Traffic) 
 
 
 def compute_seconds(shape: Shape, layout: Layout, cluster: Cluster, stage: int) -> float:
-    """Forward and backward of a microbatch on one stage, operations alone."""
+    """Return the seconds of a microbatch's operations on one stage, forward and backward."""
     layers = len(shape.stage_layers(layout.pp, stage)) * shape.layer_flops()
     layers *= 4 if layout.recompute else 3
     output = 3 * shape.output_flops(layout.tp) if stage == layout.pp - 1 else 0
@@ -77,7 +77,7 @@ def compute_seconds(shape: Shape, layout: Layout, cluster: Cluster, stage: int) 
 
 
 def transport_seconds(shape: Shape, layout: Layout, cluster: Cluster, *, sparse: bool) -> float:
-    """A microbatch's messages over the slowest boundary, there and back, with packing."""
+    """Return the seconds of a microbatch's messages over the slowest boundary, both ways."""
     inside = layout.ranks <= cluster.gpus_per_node
     slowest = 0.0
     for boundary in range(layout.pp - 1):
@@ -94,7 +94,7 @@ def transport_seconds(shape: Shape, layout: Layout, cluster: Cluster, *, sparse:
 def _stage_parts(
     shape: Shape, layout: Layout, cluster: Cluster, stage: int
 ) -> tuple[float, float, float]:
-    """Seconds of a microbatch: operations, exposed tensor-parallel traffic, TopK."""
+    """Return a microbatch's seconds of operations, exposed tensor-parallel traffic and TopK."""
     layers = shape.stage_layers(layout.pp, stage)
     sent = len(layers) * tensor_bytes(shape, layout, exposed=True)
     passes = 6 if layout.recompute else 4

@@ -1,11 +1,12 @@
-"""Bytes that one GPU sends in a step: pipeline, tensor and data parallel.
+"""Bytes that one GPU sends per step: pipeline, tensor and data parallel.
 
 Formulas (bytes; symbols as in `topk_megatron.plan.memory`, l layers of a stage):
 
-    pipeline   2 H s b / t forward over a boundary and as much back, m times; sparse, behind a TopK,
-               values and indices or bitmask forward and k values back (`parallel.wire`)
+    pipeline   2 H s b / t forward over a boundary and as much back, m times; if sparse, after a
+               TopK: values with indices or bitmask forward, k values back (`parallel.wire`)
     tensor     collectives of 2 H s b (t - 1) / t: a layer has 4 forward, 6 backward (2 of which
-               gather inputs again, behind other work) and 4 more under recompute; l layers, m times
+               gather inputs again, hidden by other work) and 4 more under recompute; l layers, m
+               times
     data       4 P (d - 1) / d to reduce gradients and 2 P (d - 1) / d to gather weights
 """
 
@@ -20,12 +21,14 @@ _FORWARD, _BACKWARD, _HIDDEN_BACKWARD = 4, 6, 2  # collectives of a layer
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that the busiest GPU sends in a step.
+    """Bytes that the busiest GPU sends per step.
 
     Attributes:
-        pipeline_dense, pipeline_sparse: to the stages before and after.
-        tensor: to its tensor-parallel ranks.
-        gradients, weights: to its data-parallel ranks.
+        pipeline_dense: Dense messages to the stages before and after.
+        pipeline_sparse: The same messages, sparse where they can be.
+        tensor: Messages to its tensor-parallel ranks.
+        gradients: Gradients to its data-parallel ranks.
+        weights: Weights to its data-parallel ranks.
     """
 
     pipeline_dense: float
@@ -36,12 +39,12 @@ class Traffic:
 
     @property
     def data(self) -> float:
-        """To its data-parallel ranks, both ways of the optimizer."""
+        """Bytes to its data-parallel ranks: gradients and weights."""
         return self.gradients + self.weights
 
 
 def traffic_of(shape: Shape, layout: Layout) -> Traffic:
-    """What the busiest GPU sends."""
+    """Return the traffic of the busiest GPU."""
     parameters = max(
         shape.stage_parameters(layout.tp, layout.pp, stage) for stage in {0, layout.pp - 1}
     )
@@ -59,7 +62,7 @@ def traffic_of(shape: Shape, layout: Layout) -> Traffic:
 def message_bytes(
     shape: Shape, layout: Layout, boundary: int, *, sparse: bool
 ) -> tuple[float, float]:
-    """Bytes of a microbatch from stage `boundary` to the next, and of its gradient back."""
+    """Return the bytes of a microbatch from stage `boundary` to the next, and of its gradient."""
     tokens = layout.tokens(shape)
     last_layer = shape.stage_layers(layout.pp, boundary)[-1]
     wire = wire_of(shape) if sparse and last_layer in shape.topk.residual_layers else None
@@ -70,14 +73,20 @@ def message_bytes(
 
 
 def tensor_bytes(shape: Shape, layout: Layout, *, exposed: bool = False) -> float:
-    """Bytes of a layer's collectives for a microbatch; `exposed`: less those behind other work."""
+    """Return the bytes of a layer's collectives per microbatch.
+
+    Args:
+        shape: The model.
+        layout: The layout.
+        exposed: Leave out those that other work hides.
+    """
     collectives = _FORWARD + _BACKWARD - (_HIDDEN_BACKWARD if exposed else 0)
     collectives += _FORWARD if layout.recompute else 0
     return collectives * 2 * layout.tokens(shape) * shape.hidden * (layout.tp - 1)
 
 
 def _busiest(shape: Shape, layout: Layout, *, sparse: bool) -> float:
-    """Bytes of a microbatch that the busiest stage sends on and back."""
+    """Return the bytes per microbatch that the busiest stage sends, forward and back."""
     sent = [0.0] * layout.pp
     for boundary in range(layout.pp - 1):
         forward, backward = message_bytes(shape, layout, boundary, sparse=sparse)

@@ -6,10 +6,10 @@ Shape suffix: R rows, H hidden, W words of the bitmask.
 import torch
 from torch import Tensor
 
-from topk_megatron.ops.reference import topk_mask_reference
+from topk_megatron.ops.reference import KEYS, topk_mask_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MODES = ("value", "abs")
+MODES = tuple(KEYS)
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 KINDS = (
     "normal",

@@ -1,10 +1,15 @@
 """The oracle itself, checked against the contract written out over Python integers."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from tests.rows import DTYPES, KINDS, MODES, as_bits, infinity_bits, make_rows
+from topk_megatron.config import Mode
+from topk_megatron.ops import TopKArgumentError, topk_mask, topk_mask_with_bits
 from topk_megatron.ops.reference import (
+    KEYS,
     bits_to_indices_reference,
     pack_bits,
     topk_mask_reference,
@@ -53,3 +58,24 @@ def test_indices_ascend_and_name_the_set_bits() -> None:
     _, bits = topk_mask_reference(torch.randn(2, 3, 500), 20, "abs")
     indices = bits_to_indices_reference(bits, 500, 20).long()
     assert torch.equal(indices, unpack_bits(bits, 500).nonzero()[:, -1].reshape(2, 3, 20))
+
+
+def test_the_settings_know_the_modes_of_the_operator() -> None:
+    assert get_args(Mode) == tuple(KEYS)
+
+
+def test_a_new_mode_needs_nothing_but_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of ``value`` select by its key, and the gradient is the operator's."""
+    with pytest.raises(TopKArgumentError, match="mode must be one of value, abs, got 'smallest'"):
+        topk_mask(torch.ones(3), 1, mode="smallest")
+    monkeypatch.setitem(KEYS, "smallest", torch.neg)
+    x = torch.randn(5, 77, requires_grad=True)
+    expected, bits = topk_mask_reference(x.detach(), 9, "smallest")
+    y, found = topk_mask_with_bits(x, 9, mode="smallest")
+    assert torch.equal(found, bits)
+    assert torch.equal(as_bits(y.detach()), as_bits(expected))
+    ninth = x.detach().kthvalue(9, dim=-1, keepdim=True).values
+    assert torch.equal(unpack_bits(bits, 77), x.detach() <= ninth)
+    dy = torch.randn(5, 77)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, torch.where(unpack_bits(bits, 77), dy, 0))

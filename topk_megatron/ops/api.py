@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from topk_megatron.ops.library import OPS, TopKArgumentError
-from topk_megatron.ops.reference import num_words
+from topk_megatron.ops.reference import KEYS, num_words
 
-MODES = ("value", "abs")
+# Modes that the compiled kernels know.
+_KERNEL_MODES = ("value", "abs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HIDDEN_SIZE = 1 << 20
 
@@ -28,7 +29,7 @@ def topk_mask_with_bits(x: Tensor, k: int, *, mode: str = "value") -> tuple[Tens
     the row is selected. The bits carry no gradient.
     """
     _check_arguments(x, k, mode)
-    return _topk_mask_op(x, max(1, min(k, x.shape[-1])), mode)
+    return _select(x, max(1, min(k, x.shape[-1])), mode)
 
 
 def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
@@ -49,7 +50,15 @@ def topk_mask(x: Tensor, k: int, *, mode: str = "value") -> Tensor:
     _check_arguments(x, k, mode)
     if k >= x.shape[-1]:
         return x
-    return _topk_mask_op(x, k, mode)[0]
+    return _select(x, k, mode)[0]
+
+
+def _select(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
+    if mode in _KERNEL_MODES:
+        return _topk_mask_op(x, k, mode)
+    # S by the key, then x on S: masking is what the backward op does, and it has a gradient.
+    bits = _topk_mask_op(KEYS[mode](x.detach()), k, "value")[1]
+    return OPS.topk_mask_backward(x, bits), bits
 
 
 def pack_sparse(y: Tensor, bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +140,8 @@ def _check_dtype(name: str, x: Tensor) -> None:
 
 
 def _check_arguments(x: Tensor, k: int, mode: str) -> None:
-    if mode not in MODES:
-        raise TopKArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in KEYS:
+        raise TopKArgumentError(f"mode must be one of {', '.join(KEYS)}, got {mode!r}")
     _check_dtype("x", x)
     if x.is_cuda and x.dtype == torch.float64:
         raise TopKArgumentError("float64 is supported on CPU only; convert x to float32 first")

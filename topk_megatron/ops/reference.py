@@ -6,10 +6,15 @@ largest keys (``x`` in mode ``value``, ``|x|`` in mode ``abs``). Ties go to the 
 device, so it is never used here.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 WORD_BITS = 32
+# The selection modes: the key that is compared, [..., H] to [..., H]. This is the one definition;
+# a mode without a kernel of its own selects by the kernels of ``value`` on its key.
+KEYS: dict[str, Callable[[Tensor], Tensor]] = {"value": lambda x: x, "abs": torch.abs}
 
 
 def num_words(hidden_size: int) -> int:
@@ -30,14 +35,13 @@ def topk_mask_reference(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
     Args:
         x: [..., H], any real floating dtype.
         k: number of coordinates kept, 1 <= k <= H.
-        mode: ``value`` or ``abs``.
+        mode: a name in `KEYS`.
 
     Returns:
         y: [..., H], x where selected (bitwise) and +0 elsewhere.
         bits: int32 [..., ceil(H / 32)]; bit j of word w is set if coordinate 32 w + j is selected.
     """
-    key = x.abs() if mode == "abs" else x
-    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(KEYS[mode](x), dim=-1, descending=True, stable=True).indices
     mask = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :k], True)
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)), pack_bits(mask)
 

@@ -12,6 +12,9 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from topk_megatron.ops.reference import KEYS
 
 # Above this many (neuron, token) pairs a block is counted by sorting instead of in a dense table.
 DENSE_PAIRS = 1 << 24
@@ -45,7 +48,7 @@ class Sizes:
         top_n: examples kept per neuron.
         before: tokens of a window before the example.
         after: tokens of a window after it.
-        mode: ``value`` or ``abs``, by which examples are ranked.
+        mode: the selection mode, by whose key examples are ranked.
     """
 
     width: int
@@ -54,6 +57,10 @@ class Sizes:
     before: int
     after: int
     mode: str
+
+    def strength(self, values: np.ndarray) -> np.ndarray:
+        """Return the keys of activations: the larger, the stronger the example."""
+        return KEYS[self.mode](torch.from_numpy(values)).numpy()
 
 
 def aggregates(
@@ -155,10 +162,8 @@ def top_examples(
     edges = [0, *(num_tokens // part for part in (64, 16, 4) if num_tokens // part), num_tokens]
     for begin, end in itertools.pairwise(edges):
         new = neurons_TK[begin:end].ravel().astype(np.int64)
-        strength = values_TK[begin:end].ravel()
-        real = strength != 0
-        if sizes.mode == "abs":
-            strength = np.abs(strength)
+        strength = sizes.strength(values_TK[begin:end].ravel())
+        real = values_TK[begin:end].ravel() != 0
         chosen = np.flatnonzero(real & (strength > threshold[new]))
         neurons, strengths, rows = strongest(
             np.concatenate([neurons, new[chosen]]),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from topk_megatron.analysis.arguments import (
     add_corpus_arguments,
@@ -11,6 +11,7 @@ from topk_megatron.analysis.arguments import (
     add_study_argument,
     record_config,
 )
+from topk_megatron.config import Mode
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -28,7 +29,7 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--k", type=int, help="neurons to keep per token of a dense model")
     parser.add_argument(
         "--mode",
-        choices=("value", "abs"),
+        choices=get_args(Mode),
         default="value",
         help="keep a dense model's largest values or absolute values",
     )

@@ -166,7 +166,7 @@ def _examples(of_layer: LayerParts, layer: int, sizes: Sizes) -> Iterator[pa.Tab
         part = {name: stored[f"top/{name}"] for name in _TOP}
         if best is not None:
             part = {name: np.concatenate([best[name], part[name]]) for name in _TOP}
-        strength = np.abs(part["value"]) if sizes.mode == "abs" else part["value"]
+        strength = sizes.strength(part["value"])
         rows = np.arange(len(strength))
         neurons = part["neuron"].astype(np.int64)
         kept = strongest(neurons, strength, sizes, rows)[2]

@@ -6,7 +6,7 @@ import pytest
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.train.checks import check_parallel
+from topk_megatron.train.checks import check_parallel, check_settings
 
 ACCEPTED = {
     "topk_sparse_p2p": True,
@@ -65,3 +65,23 @@ def test_grouped_experts_cannot_have_a_topk_inside() -> None:
     args = {**ACCEPTED, "moe_grouped_gemm": True}
     with pytest.raises(ConfigError, match="cannot enter grouped experts"):
         check_parallel(Namespace(**args), config(site="both", mlp_k=8))
+
+
+def test_a_schedule_that_leaves_the_topk_out_is_refused() -> None:
+    """Megatron's overlapped expert-parallel schedule does not call the layer's exit."""
+    rest = {
+        "topk_silent_tokens": 1,
+        "topk_metrics": True,
+        "ckpt_format": "torch_dist",
+        "save": None,
+        "load": None,
+        "topk_sparse_p2p": False,
+        "topk_sparse_save": False,
+        "topk_verify": None,
+    }
+    args = Namespace(**{**ACCEPTED, **rest, "overlap_moe_expert_parallel_comm": True})
+    with pytest.raises(ConfigError, match="leaves out the TopK of the residual stream"):
+        check_settings(args, config())
+    check_settings(args, config(layers=()))
+    args.overlap_moe_expert_parallel_comm = False
+    check_settings(args, config())

@@ -22,7 +22,8 @@ class TopKLayerMixin:
     """Adds a TopK without parameters to any of Megatron's transformer layers.
 
     It hooks `_forward_post_mlp` (megatron/core/transformer/transformer_layer.py), the exit that
-    dense and MoE layers, CUDA-graph replay and the overlapped expert-parallel schedule share.
+    dense and MoE layers and CUDA-graph replay share. The overlapped expert-parallel schedule
+    bypasses it (fine_grained_callables.py), so that `check_settings` refuses that schedule.
     """
 
     def __init__(self, *args: Any, topk: TopKRuntime, **kwargs: Any) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.hf.export import DTYPES, ExportSettings, export_checkpoint
+from topk_megatron.hf.export import ExportSettings, export_checkpoint
+from topk_megatron.hf.model import DTYPES
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
 from topk_megatron.hf.trajectory import export_trajectory
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.evaluation.model import DTYPES, OpenModel, open_model
 from topk_megatron.evaluation.perplexity import perplexity, read_documents
 from topk_megatron.evaluation.tasks import evaluate_tasks
+from topk_megatron.hf.model import DTYPES, OpenModel, open_model
 
 
 def parse() -> argparse.Namespace:
@@ -57,7 +57,7 @@ def main() -> None:
         # The libraries talk while they work; standard output is for the table.
         with contextlib.redirect_stdout(sys.stderr):
             opened = open_model(directory, dtype=args.dtype, device=args.device)
-            results.append(_evaluate(opened, directory, texts, args))
+            results.append(_evaluate(opened, texts, args))
     if args.output is not None:
         args.output.write_text(json.dumps({"format_version": 1, "results": results}, indent=2))
     print(table(results))
@@ -68,12 +68,11 @@ def _check_output(output: Path | None) -> None:
         raise ConfigError(f"--output {output}: the folder does not exist")
 
 
-def _evaluate(
-    opened: OpenModel, directory: Path, texts: list[str], args: argparse.Namespace
-) -> dict[str, Any]:
+def _evaluate(opened: OpenModel, texts: list[str], args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    found: dict[str, Any] = {"model": opened.name, "path": str(directory), "topk": opened.topk}
+    topk = opened.topk if opened.is_topk else None
+    found: dict[str, Any] = {"model": opened.name, "path": str(opened.path), "topk": topk}
     if texts:
         measured = perplexity(
             opened,

@@ -11,7 +11,7 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.evaluation.model import DTYPES, OpenModel, open_model
+from topk_megatron.hf.model import DTYPES, OpenModel, open_model
 
 
 def parse() -> argparse.Namespace:
@@ -65,10 +65,10 @@ def write(opened: OpenModel, prompt: str, args: argparse.Namespace) -> str:
     tokens = opened.encode(prompt)
     start: Any = opened.model.config.eos_token_id
     tokens = tokens or [start[0] if isinstance(start, list) else start]
-    if len(tokens) + args.tokens > opened.context:
+    if len(tokens) + args.tokens > opened.max_length:
         raise ConfigError(
             f"the prompt has {len(tokens)} tokens and --tokens is {args.tokens}: together they "
-            f"must be at most {opened.context}, what the model was trained with"
+            f"must be at most {opened.max_length}, what the model was trained with"
         )
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0}
@@ -95,7 +95,7 @@ def main() -> None:
     if push is None:
         texts = [write(opened, prompt, args) for prompt in args.prompt]
     else:
-        if opened.topk is None:
+        if not opened.is_topk:
             raise ConfigError(f"{args.model} is a dense model: it has no TopK neuron to push")
         try:
             with opened.model.intervene(push):

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.hooks import reading_layers
 from topk_megatron.config import parse_layers
 from topk_megatron.errors import AnalysisError, CheckpointError
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits
 
 # A layer's values [B * S, K] float32 and neuron numbers [B * S, K], of any integer type.
@@ -36,7 +36,7 @@ class ActivationSource(Protocol):
     """
 
     kind: str
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     width: int
     k: int
@@ -52,7 +52,7 @@ class ActivationSource(Protocol):
 class TopKSource:
     """A TopK LM: the states are what its own TopK lets pass."""
 
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     kind: str = "topk"
     sae: dict[str, Any] | None = None
@@ -77,7 +77,7 @@ class TopKSource:
 class DenseSource:
     """A dense LM: the k largest of each hidden state, by the TopK LM's rule and operator."""
 
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     k: int
     mode: str = "value"
@@ -108,7 +108,7 @@ class SAESource:
     kind: str = "sae"
     mode: str = "value"
 
-    def __init__(self, folder: Folder, saes: dict[int, Any], described: dict[str, Any]) -> None:
+    def __init__(self, folder: OpenModel, saes: dict[int, Any], described: dict[str, Any]) -> None:
         self.folder, self.saes = folder, saes
         self.sae: dict[str, Any] | None = described
         self.layers = tuple(sorted(saes))
@@ -146,7 +146,7 @@ def select(x_TN: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
     return values.float(), indices
 
 
-def choose_layers(folder: Folder, text: str | None) -> tuple[int, ...]:
+def choose_layers(folder: OpenModel, text: str | None) -> tuple[int, ...]:
     """Layers to record: those asked for, else the TopK ones, else all but the last two.
 
     Raises:
@@ -170,7 +170,7 @@ def choose_layers(folder: Folder, text: str | None) -> tuple[int, ...]:
 
 
 def make_source(
-    folder: Folder,
+    folder: OpenModel,
     *,
     layers: str | None = None,
     k: int | None = None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
-from topk_megatron.evaluation.model import OpenModel
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.text.sources import read_texts
 
 _RESAMPLES = 1000
@@ -139,10 +139,10 @@ def window_losses(
 
 
 def _check(opened: OpenModel, context: int | None, stride: int | None) -> tuple[int, int]:
-    context = opened.context if context is None else context
-    if not 1 <= context <= opened.context:
+    context = opened.max_length if context is None else context
+    if not 1 <= context <= opened.max_length:
         raise ConfigError(
-            f"--context must be in [1, {opened.context}] for {opened.name}, got {context}"
+            f"--context must be in [1, {opened.max_length}] for {opened.name}, got {context}"
         )
     stride = context if stride is None else stride
     if not 1 <= stride <= context:

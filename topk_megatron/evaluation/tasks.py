@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
-from topk_megatron.evaluation.model import OpenModel
+from topk_megatron.hf.model import OpenModel
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def evaluate_tasks(
         pretrained=opened.model,
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
-        max_length=opened.context,
+        max_length=opened.max_length,
     )
     try:
         run: Any = simple_evaluate

@@ -18,15 +18,14 @@ from topk_megatron.hf import modeling
 from topk_megatron.hf.card import model_card
 from topk_megatron.hf.mapping import Piece
 from topk_megatron.hf.megatron_source import MegatronSource
+from topk_megatron.hf.model import TRAINING_FILE
 from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE
 from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
 
-TRAINING_FILE = "topk_training.json"
 PADDING_FILE = "vocabulary_padding.safetensors"
 FORMAT_VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODE = Path(modeling.__file__).parent
 _AUTO_MAP = {
     "AutoConfig": "configuration_topk.TopKLMConfig",
@@ -42,7 +41,7 @@ class ExportSettings:
 
     Attributes:
         dense: the checkpoint is of stock Megatron and has no TopK settings.
-        dtype: a key of `DTYPES`; None keeps the checkpoint's.
+        dtype: one of `topk_megatron.hf.model.DTYPES`; None keeps the checkpoint's.
         shard_size: bytes of a safetensors file.
         tokenizer_model: where the tokenizer is, if not where the training run found it.
         tokenizer: False leaves it out.
@@ -217,7 +216,7 @@ def _write_weights(
 def _plans(source: MegatronSource, piece: Piece, settings: ExportSettings) -> list[TensorPlan]:
     dtype = source.stored_dtype(piece)
     if settings.dtype is not None and not piece.row.buffer:
-        dtype = DTYPES[settings.dtype]
+        dtype = getattr(torch, settings.dtype)
     shapes = SPLITS[piece.row.split].shapes(source.shape(piece), source.config)
     return [TensorPlan(n, s, dtype) for n, s in zip(piece.huggingface, shapes, strict=True)]
 

@@ -8,10 +8,11 @@ import torch
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError, ConfigError
-from topk_megatron.hf.export import FORMAT_VERSION, TRAINING_FILE, check_config
+from topk_megatron.hf.export import FORMAT_VERSION, check_config
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import read_config, write_args
 from topk_megatron.hf.megatron_source import topk_section
+from topk_megatron.hf.model import TRAINING_FILE
 from topk_megatron.hf.safetensors import FolderWeights, read_json
 from topk_megatron.hf.tokenizer import HUGGING_FACE
 

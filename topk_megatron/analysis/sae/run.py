@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from topk_megatron.analysis.corpus import Corpus, check_tokenizer, open_corpus
-from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.analysis.record.run import RecordConfig, record
 from topk_megatron.analysis.sae.saved import load_saes, sae_directory
 from topk_megatron.analysis.sae.training import SAETraining, hidden_states, quality, train_sae
@@ -15,6 +14,7 @@ from topk_megatron.analysis.sources import choose_layers, make_source
 from topk_megatron.analysis.study import Run, read_json, write_json
 from topk_megatron.analysis.tables import write_table
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel, open_model
 
 _TRAINING = pa.schema(
     [
@@ -43,7 +43,7 @@ def baseline(
     args: Namespace, config: RecordConfig
 ) -> tuple[tuple[Run, Run], dict[int, tuple[Any, Any]], dict[str, Any]]:
     """Train, record and return both runs, the decoders by layer, and facts for parameters.json."""
-    folder = open_folder(args.model)
+    folder = open_model(args.model)
     if folder.topk_layers:
         raise AnalysisError(
             f"{args.model} has TopK layers: its neurons need no SAE; give the dense twin"
@@ -80,7 +80,7 @@ def baseline(
     return (runs[0], runs[1]), pairs, facts
 
 
-def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
+def _corpus(args: Namespace, folder: OpenModel, documents: str | None) -> Corpus:
     corpus = open_corpus(
         args.corpus, lambda: folder.tokenizer, documents=documents, max_tokens=args.max_tokens
     )
@@ -90,7 +90,7 @@ def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
 
 def _train_all(
     args: Namespace,
-    folder: Folder,
+    folder: OpenModel,
     layers: tuple[int, ...],
     training: SAETraining,
     train: Corpus,

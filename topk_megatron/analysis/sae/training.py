@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from topk_megatron.analysis.corpus import Corpus
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.hooks import changing_layers, reading_layers
+from topk_megatron.hf.model import OpenModel
 
 _LOGGED_STEPS = 50
 # Batches of which the mean norm of the hidden states is taken, before training.
@@ -36,7 +36,7 @@ class SAETraining:
 
 @torch.inference_mode()
 def hidden_states(
-    folder: Folder, corpus: Corpus, layers: tuple[int, ...], tokens: int, seq_length: int
+    folder: OpenModel, corpus: Corpus, layers: tuple[int, ...], tokens: int, seq_length: int
 ) -> dict[int, Tensor]:
     """Outputs of layers on the first so many tokens, float32 [tokens, H] each, in memory."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -125,7 +125,7 @@ def _batches(states: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def quality(
-    folder: Folder, sae: Any, layer: int, states: Tensor, corpus: Corpus, seq_length: int
+    folder: OpenModel, sae: Any, layer: int, states: Tensor, corpus: Corpus, seq_length: int
 ) -> dict[str, Any]:
     """How well a SAE rebuilds hidden states that it was not trained on [tokens, H]."""
     latents = sae.encode(states)

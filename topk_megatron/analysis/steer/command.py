@@ -43,11 +43,11 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Push, measure, and print the means."""
     from topk_megatron.analysis.corpus import check_tokenizer, open_corpus
-    from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.steer.results import write_results
     from topk_megatron.analysis.steer.run import SteerConfig, steer
     from topk_megatron.analysis.study import open_run, read_json
     from topk_megatron.errors import AnalysisError
+    from topk_megatron.hf.model import open_model
 
     if args.temperature < 0:
         raise AnalysisError(f"--temperature must be at least 0, got {args.temperature}")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         bootstrap=args.bootstrap,
     )
     recorded = open_run(args.study, args.name)
-    folder = open_folder(args.model)
+    folder = open_model(args.model)
     corpus = open_corpus(args.corpus, lambda: folder.tokenizer, documents=args.documents)
     check_tokenizer(corpus, folder.path, folder.vocab_size)
     steered = steer(config, folder, recorded, corpus)

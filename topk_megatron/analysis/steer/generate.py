@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.hooks import changing_layers
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sampling:
     seed: int
 
 
-def pushing(folder: Folder, pushes: Sequence[Push | None]) -> Any:
+def pushing(folder: OpenModel, pushes: Sequence[Push | None]) -> Any:
     """A context in which row r of every batch is pushed by pushes[r].
 
     A TopK LM's own `intervene` does it; other models are changed at the output of the layer.
@@ -78,7 +78,7 @@ def _adder(pushes: list[tuple[Push, list[int]]]) -> Any:
 
 @torch.inference_mode()
 def generate(
-    folder: Folder,
+    folder: OpenModel,
     prompts_RP: Tensor,
     pushes: Sequence[Push | None],
     groups: Sequence[int],
@@ -121,7 +121,7 @@ def generate(
 
 
 @torch.inference_mode()
-def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
+def log_losses(folder: OpenModel, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
     """Mean loss in nats of each row's new tokens under the model as it is, [R]."""
     whole = torch.cat([prompts_RP, new_RT], dim=1).to(folder.device)
     logits = folder.model(whole, use_cache=False).logits[:, prompts_RP.shape[1] - 1 : -1]
@@ -133,7 +133,7 @@ def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def logit_changes(
-    folder: Folder, prompts_RP: Tensor, pushes: Sequence[Push], base_RV: Tensor | None = None
+    folder: OpenModel, prompts_RP: Tensor, pushes: Sequence[Push], base_RV: Tensor | None = None
 ) -> Tensor:
     """How each push changes the next token's logits, mean over prompts, [pushes, V].
 
@@ -149,7 +149,7 @@ def logit_changes(
 
 
 @torch.inference_mode()
-def next_logits(folder: Folder, prompts_RP: Tensor, push: Push | None) -> Tensor:
+def next_logits(folder: OpenModel, prompts_RP: Tensor, push: Push | None) -> Tensor:
     """Logits after the last prompt token, float32 [R, V]."""
     with pushing(folder, [push] * len(prompts_RP)):
         return (

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.entropy.neurons import telling_tokens
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.steer.generate import (
     Push,
     Sampling,
@@ -28,6 +27,7 @@ from topk_megatron.analysis.steer.generate import (
 )
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 
 LISTED = 10
 _NEAREST = 5
@@ -111,7 +111,7 @@ class Steered:
     changes: Tensor
 
 
-def steer(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Steered:
+def steer(config: SteerConfig, folder: OpenModel, run: Run, corpus: Corpus) -> Steered:
     """Push every subject at every strength, and its control likewise.
 
     Raises:
@@ -145,7 +145,7 @@ def steer(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Stee
 
 def _batch(
     config: SteerConfig,
-    folder: Folder,
+    folder: OpenModel,
     subjects: list[Subject],
     prompts: Tensor,
     plan: list[tuple[int, float, bool]],
@@ -168,7 +168,7 @@ def _batch(
     ]
 
 
-def check_model(folder: Folder, run: Run) -> None:
+def check_model(folder: OpenModel, run: Run) -> None:
     """The run must be this model's, and its neurons coordinates of the hidden state."""
     if run.kind == "sae":
         raise AnalysisError(

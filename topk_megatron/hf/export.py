@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from topk_megatron.checkpoint.directory import find_checkpoint
+from topk_megatron.checkpoint.flags import is_recorded
 from topk_megatron.errors import CheckpointError
 from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf import modeling
@@ -19,7 +20,6 @@ from topk_megatron.hf.card import model_card
 from topk_megatron.hf.mapping import Piece
 from topk_megatron.hf.megatron_source import MegatronSource
 from topk_megatron.hf.model import TRAINING_FILE
-from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE
 from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
@@ -157,7 +157,7 @@ def training_record(source: MegatronSource) -> dict[str, Any]:
 
 def recorded_args(args: Namespace) -> dict[str, Any]:
     """Arguments of the run; dtypes as text. Layout, machine and logging are left out."""
-    kept = {k: v for k, v in vars(args).items() if k not in LAYOUT_AND_MACHINE and k != "topk"}
+    kept = {k: v for k, v in vars(args).items() if is_recorded(k) and k != "topk"}
     return {name: _plain(name, value) for name, value in sorted(kept.items())}
 
 
@@ -169,7 +169,7 @@ def _plain(name: str, value: Any) -> Any:
     except TypeError as error:
         raise CheckpointError(
             f"the checkpoint's argument {name} is a {type(value).__name__}, which cannot be "
-            "recorded; list it in topk_megatron/hf/other_flags.py if it is of the machine"
+            "recorded; list it in topk_megatron/checkpoint/flags.py if it describes the machine"
         ) from error
     return value
 

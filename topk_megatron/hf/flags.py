@@ -7,9 +7,9 @@ flag in none of the tables that is not off (None, False, 0 or empty) is an error
 from argparse import Namespace
 from typing import Any
 
+from topk_megatron.checkpoint.flags import OTHER_COMPUTATION, OTHER_PARTS, shapes_the_model
 from topk_megatron.errors import CheckpointError
 from topk_megatron.hf.families import NO_EXPERTS
-from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
 
 Config = dict[str, Any]
 
@@ -54,55 +54,8 @@ COMPUTED = (
     "use_rope_scaling",
     "use_te_activation_func",
 )
-# Flags that change what the model computes in a way that the exported model cannot, and the values
-# at which they do not.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope",),
-    "add_position_embedding": (True,),
-    "rope_type": (None, "rope"),
-    "no_rope_freq": (None,),
-    "mrope_section": (None,),
-    "multi_latent_attention": (False,),
-    "attention_output_gate": (False,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "qk_l2_norm": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "quick_geglu": (False,),
-    "openai_gelu": (False,),
-    "onnx_safe": (None, False),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "use_mup": (False,),
-    "mtp_num_layers": (None, 0),
-    "mtp_standalone": (False,),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
-    "is_hybrid_model": (False,),
-    "spec": (None,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None, ""),
-    "yaml_cfg": (None,),
-    "te_precision_config_file": (None,),
-    "use_kitchen_attention": (False,),
-    "moe_router_num_groups": (None,),
-    "moe_router_group_topk": (None,),
-    "moe_router_force_load_balancing": (False,),
-    "moe_router_force_biased": (None,),
-    "moe_expert_capacity_factor": (None,),
-    "moe_expert_rank_capacity_factor": (None,),
-    "moe_pad_expert_input_to_capacity": (False,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_input_jitter_eps": (None,),
-    "moe_latent_size": (None,),
-    "moe_shared_expert_gate": (False,),
-    "moe_shared_expert_glu_interleave_size": (None,),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_token_dropping": (False,),
-}
+# What the exported model has no counterpart for, and the values at which it needs none.
+REFUSED = {**OTHER_PARTS, **OTHER_COMPUTATION}
 _BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
 # Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`).
 _LLAMA3 = {
@@ -197,7 +150,7 @@ def check_flags(args: Namespace) -> None:
     Raises:
         CheckpointError: names the first of them and the values that can be exported.
     """
-    known = {*DIRECT, *COMPUTED, *REFUSED, *TRAINING, *LAYOUT_AND_MACHINE, "topk"}
+    known = {*DIRECT, *COMPUTED, *REFUSED, "topk"}
     for name, value in sorted(vars(args).items()):
         if name in REFUSED and value not in REFUSED[name]:
             allowed = " or ".join(repr(v) for v in REFUSED[name])
@@ -205,11 +158,11 @@ def check_flags(args: Namespace) -> None:
                 f"the checkpoint was trained with {name}={value!r}, which has no counterpart in "
                 f"the exported model; it can be {allowed}"
             )
-        if name not in known and not _is_off(value):
+        if name not in known and shapes_the_model(name) and not _is_off(value):
             raise CheckpointError(
                 f"the checkpoint was trained with {name}={value!r}, a flag that the converter does "
-                "not know; if it leaves the trained model alone, list it in "
-                "topk_megatron/hf/other_flags.py"
+                "not know; if it has no effect on the trained model, list it in "
+                "topk_megatron/checkpoint/flags.py"
             )
 
 

@@ -25,7 +25,7 @@ def make_norm(config: TopKLMConfig, size: int) -> nn.Module:
     return kind(size, eps=config.norm_eps)
 
 
-class TopKRotaryEmbedding(LlamaRotaryEmbedding):
+class TopKLMRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's cosines and sines over the rotated part of head_dim, with its scalings."""
 
     @staticmethod
@@ -54,7 +54,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-class TopKAttention(nn.Module):
+class TopKLMAttention(nn.Module):
     """Causal self-attention with grouped queries and, if set, norms of queries and keys."""
 
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
@@ -146,7 +146,7 @@ class TopKMLP(nn.Module):
         return output if self.down_proj.bias is None else output + self.down_proj.bias * scale
 
 
-class TopKRouter(nn.Module):
+class TopKLMRouter(nn.Module):
     """Chooses experts for each token, as Megatron's `topk_routing_with_score_function`."""
 
     def __init__(self, config: TopKLMConfig) -> None:
@@ -186,7 +186,7 @@ class TopKMoE(nn.Module):
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
         super().__init__()
         size = config.moe_intermediate_size or config.intermediate_size
-        self.gate = TopKRouter(config)
+        self.gate = TopKLMRouter(config)
         self.experts = nn.ModuleList(
             TopKMLP(config, size, mlp_topk(config, layer_idx, expert=True))
             for _ in range(config.num_experts)
@@ -226,7 +226,7 @@ class TopKDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.hidden_size = config.hidden_size
-        self.self_attn = TopKAttention(config, layer_idx)
+        self.self_attn = TopKLMAttention(config, layer_idx)
         if layer_idx in config.moe_layers:
             self.mlp: nn.Module = TopKMoE(config, layer_idx)
         else:

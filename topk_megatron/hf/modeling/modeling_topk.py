@@ -33,10 +33,10 @@ from .activation_topk import (
 )
 from .configuration_topk import TopKLMConfig
 from .layers_topk import (
-    TopKAttention,
     TopKDecoderLayer,
-    TopKRotaryEmbedding,
-    TopKRouter,
+    TopKLMAttention,
+    TopKLMRotaryEmbedding,
+    TopKLMRouter,
     make_norm,
 )
 from .selection_topk import FUSED
@@ -58,12 +58,12 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
     # Whether topk_megatron's operator selects; without it the definition does, with equal results.
     fused_topk = FUSED
     _no_split_modules = ("TopKDecoderLayer",)
-    _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKLMAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TopKRouter):
+        if isinstance(module, TopKLMRouter):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @property
@@ -181,7 +181,7 @@ class TopKLMModel(TopKLMPreTrainedModel, LlamaModel):
             TopKDecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
-        self.rotary_emb = TopKRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
+        self.rotary_emb = TopKLMRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -58,7 +58,7 @@ def test_equal_text_has_an_equal_fingerprint_however_it_is_stored(tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is no Megatron index"),
+        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is not a Megatron dataset index"),
         (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:60]), "shorter"),
         (lambda p: Path(f"{p}.bin").write_bytes(b"12"), "shorter than"),
         (lambda p: Path(f"{p}.bin").unlink(), "is missing"),

@@ -67,7 +67,9 @@ _FAMILIES: dict[str, Config] = {
     "qwen2": {"qk_norm": False, "attention_bias": True, "attention_output_bias": False},
     "qwen3": {"qk_norm": True},
 }
-_LLAMA3 = {
+# Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`). gpt_config_from_args of
+# megatron-core 0.19 does not pass --rope-scaling-factor on, so that the factor is a constant too.
+LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -156,12 +158,12 @@ def _rope(theirs: Config) -> Config:
         scaling: Config = {"rope_type": "default"}
     elif kind == "linear":
         scaling = {"rope_type": "linear", "factor": float(parameters["factor"])}
-    elif kind == "llama3" and parameters == _LLAMA3:
-        scaling = {"rope_type": "llama3", **_LLAMA3}
+    elif kind == "llama3" and parameters == LLAMA3:
+        scaling = {"rope_type": "llama3", **LLAMA3}
     else:
         raise CheckpointError(
             f"its RoPE scaling {kind} with {parameters} is not Megatron's; the converter takes "
-            f"default, linear, and llama3 with {_LLAMA3}"
+            f"default, linear, and llama3 with {LLAMA3}"
         )
     return {
         "rope_theta": float(theta),

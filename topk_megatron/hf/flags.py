@@ -9,7 +9,7 @@ from typing import Any
 
 from topk_megatron.checkpoint.flags import OTHER_COMPUTATION, OTHER_PARTS, shapes_the_model
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf.families import NO_EXPERTS
+from topk_megatron.hf.families import LLAMA3, NO_EXPERTS
 
 Config = dict[str, Any]
 
@@ -57,14 +57,6 @@ COMPUTED = (
 # What the exported model has no counterpart for, and the values at which it needs none.
 REFUSED = {**OTHER_PARTS, **OTHER_COMPUTATION}
 _BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
-# Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`).
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# gpt_config_from_args of megatron-core 0.19 does not pass --rope-scaling-factor on.
-_LLAMA3_FACTOR = 8.0
 
 
 def read_config(args: Namespace) -> Config:
@@ -120,7 +112,7 @@ def write_args(config: Config) -> dict[str, Any]:
         "rotary_base": int(config["rope_theta"]),
         "use_te_activation_func": False,
         "use_rope_scaling": kind == "llama3",
-        "rope_scaling_factor": _LLAMA3_FACTOR,
+        "rope_scaling_factor": LLAMA3["factor"],
         "rotary_seq_len_interpolation_factor": (
             int(scaling["factor"]) if kind == "linear" else None
         ),
@@ -195,13 +187,13 @@ def _rope(args: Namespace) -> Config:
                 "the checkpoint was trained with --use-rope-scaling and with "
                 f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has one or the other"
             )
-        if args.rope_scaling_factor != _LLAMA3_FACTOR:
+        if args.rope_scaling_factor != LLAMA3["factor"]:
             raise CheckpointError(
                 f"the checkpoint says --rope-scaling-factor {args.rope_scaling_factor}, but "
-                f"megatron-core 0.19 trains with {_LLAMA3_FACTOR} whatever the flag says; which of "
-                "the two is meant must be decided by whoever trained it"
+                f"megatron-core 0.19 trains with {LLAMA3['factor']} whatever the flag says; ask "
+                "whoever trained it which of the two is meant"
             )
-        scaling = {"rope_type": "llama3", "factor": _LLAMA3_FACTOR, **_LLAMA3}
+        scaling = {"rope_type": "llama3", **LLAMA3}
     elif factor is not None:
         scaling = {"rope_type": "linear", "factor": float(factor)}
     old = None if scaling["rope_type"] == "default" else scaling

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import DataError
+from topk_megatron.files import sha256_of
 from topk_megatron.text.sources import BadLineError, document, expand, read_records
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
@@ -192,14 +193,16 @@ def check_tokenizer_path(tokenizer_type: str, tokenizer_model: str) -> None:
 
 def fingerprint(tokenizer_model: str) -> str:
     """SHA-256 of a tokenizer's files, to tell whether data and model belong together."""
-    digest = hashlib.sha256()
     path = Path(tokenizer_model)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            digest.update(file.read_bytes())
-    if not path.exists():
-        digest.update(tokenizer_model.encode())  # a name
+    if path.is_file():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                digest.update(file.read_bytes())
+    else:
+        digest.update(tokenizer_model.encode())  # the name of a Hugging Face tokenizer
     return digest.hexdigest()
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.hf.export import ExportSettings, export_checkpoint
+from topk_megatron.hf.export import ExportSettings, export_checkpoint, export_trajectory
 from topk_megatron.hf.model import DTYPES
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
-from topk_megatron.hf.trajectory import export_trajectory
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

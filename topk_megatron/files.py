@@ -110,11 +110,25 @@ def read_object(path: Path, error: type[UserError] = CheckpointError) -> dict[st
     return content
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    """Write a JSON file in one step."""
-    with replacing(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n"
-        temporary.write_text(text)
+def write_json(
+    path: Path, content: Any, *, sort_keys: bool = False, allow_nan: bool = False
+) -> None:
+    """Write a JSON file in one step; it survives a power cut.
+
+    Args:
+        path: the file.
+        content: what `json` can write.
+        sort_keys: sort the keys of objects.
+        allow_nan: write NaN and infinities, which are not JSON, as Python does.
+
+    Raises:
+        ValueError: `content` holds NaN or an infinity without `allow_nan`.
+    """
+    options: dict[str, Any] = {"indent": 2, "sort_keys": sort_keys, "allow_nan": allow_nan}
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.write(json.dumps(content, **options) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -1,29 +1,31 @@
 """A Megatron checkpoint as a Hugging Face folder that opens by itself."""
 
+import filecmp
 import json
 import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from topk_megatron.checkpoint.directory import find_checkpoint
+from topk_megatron.checkpoint.directory import find_checkpoint, is_complete, iterations
 from topk_megatron.checkpoint.flags import is_recorded
 from topk_megatron.errors import CheckpointError
-from topk_megatron.files import new_folder, refuse_existing
+from topk_megatron.files import new_folder, refuse_existing, write_json
 from topk_megatron.hf import modeling
 from topk_megatron.hf.card import model_card
-from topk_megatron.hf.mapping import Piece
 from topk_megatron.hf.megatron_source import MegatronSource
 from topk_megatron.hf.model import TRAINING_FILE
-from topk_megatron.hf.shards import ShardWriter, TensorPlan, plan_shards
-from topk_megatron.hf.splits import SPLITS
+from topk_megatron.hf.pieces import SPLITS, Piece
+from topk_megatron.hf.safetensors import ShardWriter, TensorPlan, plan_shards
 from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
 
+TRAJECTORY_FILE = "trajectory.json"
 PADDING_FILE = "vocabulary_padding.safetensors"
 FORMAT_VERSION = 1
 _CODE = Path(modeling.__file__).parent
@@ -78,13 +80,69 @@ def export_checkpoint(
     directory = find_checkpoint(load, iteration) if load.is_dir() else None
     if directory is None:
         raise CheckpointError(f"{load} holds no complete torch_dist checkpoint")
-    source = MegatronSource(directory, dense=settings.dense, vocab_size=settings_vocab(settings))
+    source = MegatronSource(directory, dense=settings.dense, vocab_size=_vocab_size(settings))
     with new_folder(save) as folder:
         write_folder(source, folder, settings, progress)
     return source
 
 
-def settings_vocab(settings: ExportSettings) -> int | None:
+def export_trajectory(
+    load: Path,
+    save: Path,
+    settings: ExportSettings,
+    *,
+    progress: Callable[[int], Progress] | None = None,
+) -> list[dict[str, Any]]:
+    """Export every complete iteration of `load` into the new folder `save`.
+
+    A file that equals its predecessor's is a hard link to it, where the file system has them.
+
+    Returns:
+        The revisions as in trajectory.json, ascending: name, iteration, tokens_seen, k.
+
+    Raises:
+        CheckpointError, DataError: one of them cannot be exported; nothing is left at `save`.
+    """
+    refuse_existing(save)
+    complete = {n: path for n, path in sorted(iterations(load).items()) if is_complete(path)}
+    if not complete:
+        raise CheckpointError(f"{load} holds no complete torch_dist checkpoint")
+    vocab_size = _vocab_size(settings)
+    revisions: list[dict[str, Any]] = []
+    with new_folder(save) as folder:
+        previous: Path | None = None
+        for number, directory in complete.items():
+            source = MegatronSource(directory, dense=settings.dense, vocab_size=vocab_size)
+            revision = folder / f"iter_{number:07d}"
+            revision.mkdir()
+            write_folder(source, revision, settings, progress)
+            if previous is not None:
+                _link_equal_files(previous, revision)
+            previous = revision
+            revisions.append(
+                {
+                    "name": revision.name,
+                    "iteration": number,
+                    "tokens_seen": source.tokens_seen,
+                    "k": source.config["topk"]["k"],
+                }
+            )
+        manifest = {"format_version": FORMAT_VERSION, "revisions": revisions}
+        write_json(folder / TRAJECTORY_FILE, manifest)
+    return revisions
+
+
+def _link_equal_files(previous: Path, revision: Path) -> None:
+    for path in sorted(revision.iterdir()):
+        before = previous / path.name
+        if before.is_file() and filecmp.cmp(before, path, shallow=False):
+            link = path.with_name(f"{path.name}.link")
+            with suppress(OSError):  # a file system without hard links keeps the copy
+                os.link(before, link)
+                link.replace(path)
+
+
+def _vocab_size(settings: ExportSettings) -> int | None:
     """Size of the tokenizer that the user names, for checkpoints that do not tell it."""
     model = settings.tokenizer_model
     return None if model is None else tokenizer_size(model)
@@ -106,12 +164,12 @@ def write_folder(
             shutil.copyfile(file, folder / file.name)
     training = training_record(source)
     config = full_config(source, settings, tokens)
-    _write_json(folder / TRAINING_FILE, training)
+    write_json(folder / TRAINING_FILE, training, sort_keys=True, allow_nan=True)
     (folder / "README.md").write_text(model_card(config, training))
     generation = {"do_sample": False, **{k: v for k, v in tokens.items() if v is not None}}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation, sort_keys=True)
     check_config(config)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config, sort_keys=True, allow_nan=True)
 
 
 def full_config(
@@ -240,11 +298,3 @@ def _write_padding(source: MegatronSource, folder: Path) -> None:
         writer.finish()
     finally:
         writer.abort()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

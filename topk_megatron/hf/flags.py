@@ -1,7 +1,7 @@
-"""Megatron's flags as a Hugging Face configuration, as data: mapped, refused, or without effect.
+"""Translates Megatron's flags into a Hugging Face configuration and back.
 
-`topk_megatron.hf.other_flags` lists the flags that do not change what a trained model computes. A
-flag in none of the tables that is not off (None, False, 0 or empty) is an error that names it.
+`topk_megatron.checkpoint.flags` knows which flags leave a trained model's function alone. Any other
+flag that no table here has is an error that names it, unless it is off (None, False, 0 or empty).
 """
 
 from argparse import Namespace
@@ -13,7 +13,7 @@ from topk_megatron.hf.families import LLAMA3, NO_EXPERTS
 
 Config = dict[str, Any]
 
-# Megatron's flag and the setting that it becomes, where nothing is to be computed.
+# Megatron's flags that become one setting each, unchanged.
 DIRECT = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -29,7 +29,7 @@ DIRECT = {
     "rotary_percent": "partial_rotary_factor",
     "rotary_interleaved": "rotary_interleaved",
 }
-# What `read_config` computes with.
+# Megatron's flags from which `read_config` computes the other settings.
 COMPUTED = (
     "add_qkv_bias",
     "bias_gelu_fusion",
@@ -54,23 +54,23 @@ COMPUTED = (
     "use_rope_scaling",
     "use_te_activation_func",
 )
-# What the exported model has no counterpart for, and the values at which it needs none.
+# Flags that have no counterpart in the exported model, and the values at which they need none.
 REFUSED = {**OTHER_PARTS, **OTHER_COMPUTATION}
 _BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
 
 
 def read_config(args: Namespace) -> Config:
-    """The exported configuration without vocabulary, tokens and TopK settings.
+    """Return the exported configuration without vocabulary, tokens and TopK settings.
 
     Raises:
-        CheckpointError: a flag that the exported model has no counterpart for, or a missing one.
+        CheckpointError: a flag is missing or has no counterpart in the exported model.
     """
     check_flags(args)
     missing = sorted(name for name in (*DIRECT, *COMPUTED) if not hasattr(args, name))
     if missing:
         raise CheckpointError(
-            f"the checkpoint's arguments lack {', '.join(missing)}; it was written by another "
-            "version of Megatron than this converter knows (megatron-core 0.19)"
+            f"the checkpoint's arguments lack {', '.join(missing)}; this converter expects those of "
+            "megatron-core 0.19, convert it with the version that trained the model"
         )
     config = {theirs: getattr(args, ours) for ours, theirs in DIRECT.items()}
     config["num_key_value_heads"] = (
@@ -86,15 +86,15 @@ def read_config(args: Namespace) -> Config:
 
 
 def write_args(config: Config) -> dict[str, Any]:
-    """The inverse of `read_config` for dense models: Megatron's arguments for `config`.
+    """Return Megatron's arguments for a dense model; the inverse of `read_config`.
 
     Raises:
-        CheckpointError: a combination that Megatron's flags cannot express.
+        CheckpointError: Megatron's flags cannot express the configuration.
     """
     if config["mlp_bias"] != config["attention_output_bias"]:
         raise CheckpointError(
             "the model has biases in its attention output or in its MLP but not in both; "
-            "Megatron's --disable-bias-linear decides over both together"
+            "Megatron's --disable-bias-linear decides about both together"
         )
     if config["rope_theta"] != int(config["rope_theta"]):
         raise CheckpointError(f"rope_theta {config['rope_theta']} is not a whole number")
@@ -122,7 +122,7 @@ def write_args(config: Config) -> dict[str, Any]:
     return args
 
 
-# Megatron's defaults of the flags of experts, in a model that has none.
+# Megatron's defaults for the flags of experts, for a model that has none.
 _NO_EXPERTS: dict[str, Any] = {
     "num_experts": None,
     "moe_ffn_hidden_size": None,
@@ -137,10 +137,10 @@ _NO_EXPERTS: dict[str, Any] = {
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse flags that change the model in ways that the export does not know.
+    """Refuse flags that change the model in ways that the exported model cannot.
 
     Raises:
-        CheckpointError: names the first of them and the values that can be exported.
+        CheckpointError: names the first such flag and the values that can be exported.
     """
     known = {*DIRECT, *COMPUTED, *REFUSED, "topk"}
     for name, value in sorted(vars(args).items()):
@@ -170,7 +170,7 @@ def _activation(args: Namespace) -> str:
     if args.use_te_activation_func:
         raise CheckpointError(
             "the checkpoint was trained with use_te_activation_func=True, whose GELU is that of "
-            "Transformer Engine; it can be exported with --swiglu or --squared-relu"
+            "Transformer Engine; only --swiglu and --squared-relu can be exported from there"
         )
     # Megatron's fused bias and GELU is the tanh approximation (fused_bias_gelu.py).
     fused = args.bias_gelu_fusion and args.add_bias_linear
@@ -185,7 +185,7 @@ def _rope(args: Namespace) -> Config:
         if factor is not None:
             raise CheckpointError(
                 "the checkpoint was trained with --use-rope-scaling and with "
-                f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has one or the other"
+                f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has only one or the other"
             )
         if args.rope_scaling_factor != LLAMA3["factor"]:
             raise CheckpointError(

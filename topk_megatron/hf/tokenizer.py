@@ -1,6 +1,5 @@
 """Tokenizer files for Hugging Face, checked to give the ids of training."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import CheckpointError, DataError
+from topk_megatron.files import write_json
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -100,7 +100,7 @@ def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict
         "model_max_length": max_length,
         **{f"{name}_token": token for name, token in tokens.items()},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", settings)
     _add_fast_file(directory)
     _compare(directory, lambda text: list(pieces.encode_as_ids(text)), str(model))
     return {

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as a Hugging Face folder that opens by itself."""
+"""Exports Megatron checkpoints as Hugging Face folders that open without this package."""
 
 import filecmp
 import json
@@ -42,11 +42,11 @@ class ExportSettings:
     """How to export.
 
     Attributes:
-        dense: the checkpoint is of stock Megatron and has no TopK settings.
+        dense: whether the checkpoint is one of stock Megatron, without TopK settings.
         dtype: one of `topk_megatron.hf.model.DTYPES`; None keeps the checkpoint's.
-        shard_size: bytes of a safetensors file.
-        tokenizer_model: where the tokenizer is, if not where the training run found it.
-        tokenizer: False leaves it out.
+        shard_size: the largest safetensors file, in bytes.
+        tokenizer_model: path of the tokenizer; None is where the training run found it.
+        tokenizer: whether to export the tokenizer.
     """
 
     dense: bool = False
@@ -64,17 +64,21 @@ def export_checkpoint(
     iteration: int | None = None,
     progress: Callable[[int], Progress] | None = None,
 ) -> MegatronSource:
-    """Export one iteration (the latest, unless told which) to the new folder `save`.
+    """Export one iteration to the new folder `save`.
 
     Args:
         load: the directory that was given to Megatron's ``--save``.
-        save: the folder to make.
-        settings: how.
-        iteration: which checkpoint.
-        progress: takes the bytes to come and gives a function that takes bytes done.
+        save: the folder to create.
+        settings: how to export.
+        iteration: which checkpoint; None is the latest.
+        progress: takes the total of bytes, returns a function that takes each number of bytes done.
+
+    Returns:
+        The checkpoint that was exported.
 
     Raises:
-        CheckpointError, DataError: what cannot be exported; nothing is left at `save`.
+        CheckpointError: the checkpoint cannot be exported; nothing is left at `save`.
+        DataError: the tokenizer cannot be opened; nothing is left at `save`.
     """
     refuse_existing(save)
     directory = find_checkpoint(load, iteration) if load.is_dir() else None
@@ -95,13 +99,14 @@ def export_trajectory(
 ) -> list[dict[str, Any]]:
     """Export every complete iteration of `load` into the new folder `save`.
 
-    A file that equals its predecessor's is a hard link to it, where the file system has them.
+    A file that equals its predecessor is a hard link to it, where the file system has them.
 
     Returns:
-        The revisions as in trajectory.json, ascending: name, iteration, tokens_seen, k.
+        The revisions as in trajectory.json, in ascending order: name, iteration, tokens_seen, k.
 
     Raises:
-        CheckpointError, DataError: one of them cannot be exported; nothing is left at `save`.
+        CheckpointError: an iteration cannot be exported; nothing is left at `save`.
+        DataError: the tokenizer cannot be opened; nothing is left at `save`.
     """
     refuse_existing(save)
     complete = {n: path for n, path in sorted(iterations(load).items()) if is_complete(path)}
@@ -143,7 +148,7 @@ def _link_equal_files(previous: Path, revision: Path) -> None:
 
 
 def _vocab_size(settings: ExportSettings) -> int | None:
-    """Size of the tokenizer that the user names, for checkpoints that do not tell it."""
+    """Return the size of the tokenizer that the user names, in case the checkpoint lacks it."""
     model = settings.tokenizer_model
     return None if model is None else tokenizer_size(model)
 
@@ -154,7 +159,7 @@ def write_folder(
     settings: ExportSettings,
     progress: Callable[[int], Progress] | None = None,
 ) -> None:
-    """Write all files; config.json comes last, so that a part of them never opens."""
+    """Write all files, config.json last, so that an unfinished folder never opens."""
     tokens: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if settings.tokenizer:
         tokens = _write_tokenizer(source, folder, settings)
@@ -175,7 +180,7 @@ def write_folder(
 def full_config(
     source: MegatronSource, settings: ExportSettings, tokens: dict[str, int | None]
 ) -> dict[str, Any]:
-    """config.json."""
+    """Return the content of config.json."""
     dtype = settings.dtype or str(source.dtype).removeprefix("torch.")
     return {
         "architectures": ["TopKLMForCausalLM"],
@@ -190,7 +195,11 @@ def full_config(
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Let the model's own code say whether it can be that model."""
+    """Let the model's own code check its configuration.
+
+    Raises:
+        CheckpointError: the model would not open.
+    """
     from topk_megatron.hf.modeling.configuration_topk import TopKLMConfig
 
     try:
@@ -200,7 +209,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def training_record(source: MegatronSource) -> dict[str, Any]:
-    """topk_training.json: what it takes to go back, without what depends on the layout."""
+    """Return topk_training.json: what the way back needs, less what depends on the layout."""
     args = source.reader.args
     return {
         "format_version": FORMAT_VERSION,
@@ -214,7 +223,7 @@ def training_record(source: MegatronSource) -> dict[str, Any]:
 
 
 def recorded_args(args: Namespace) -> dict[str, Any]:
-    """Arguments of the run; dtypes as text. Layout, machine and logging are left out."""
+    """Return the run's arguments without layout, machine and logging; dtypes become text."""
     kept = {k: v for k, v in vars(args).items() if is_recorded(k) and k != "topk"}
     return {name: _plain(name, value) for name, value in sorted(kept.items())}
 
@@ -257,17 +266,13 @@ def _write_weights(
 ) -> None:
     plans = [plan for piece in source.pieces() for plan in _plans(source, piece, settings)]
     advance = progress(sum(plan.num_bytes for plan in plans)) if progress else None
-    writer = ShardWriter(folder, plan_shards(plans, settings.shard_size))
-    try:
+    with ShardWriter(folder, plan_shards(plans, settings.shard_size)) as writer:
         for piece in source.pieces():
             parts = source.read_parts(piece)
             for plan, part in zip(_plans(source, piece, settings), parts, strict=True):
                 writer.add(plan.name, part.to(plan.dtype))
                 if advance is not None:
                     advance(plan.num_bytes)
-        writer.finish()
-    finally:
-        writer.abort()
     _write_padding(source, folder)
 
 
@@ -280,10 +285,10 @@ def _plans(source: MegatronSource, piece: Piece, settings: ExportSettings) -> li
 
 
 def _write_padding(source: MegatronSource, folder: Path) -> None:
-    """The padded rows of embedding and output, which only Megatron's loss sees.
+    """Write the padding rows of the embedding and output, which only Megatron's loss sees.
 
     Megatron pads the vocabulary for tensor parallelism and trains those rows too. They are kept
-    beside the model, so that the way back is bitwise.
+    next to the model, so that the way back is bitwise.
     """
     first = source.config["vocab_size"]
     if source.padded_vocabulary == first:
@@ -291,10 +296,6 @@ def _write_padding(source: MegatronSource, folder: Path) -> None:
     rows = [piece for piece in source.pieces() if piece.row.split == "vocabulary"]
     shape = (source.padded_vocabulary - first, source.config["hidden_size"])
     plans = [TensorPlan(p.huggingface[0], shape, source.stored_dtype(p)) for p in rows]
-    writer = ShardWriter(folder, [plans], stem=PADDING_FILE.removesuffix(".safetensors"))
-    try:
+    with ShardWriter(folder, [plans], stem=PADDING_FILE.removesuffix(".safetensors")) as writer:
         for plan, piece in zip(plans, rows, strict=True):
             writer.add(plan.name, source.read(piece)[first:])
-        writer.finish()
-    finally:
-        writer.abort()

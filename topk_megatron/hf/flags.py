@@ -69,8 +69,8 @@ def read_config(args: Namespace) -> Config:
     missing = sorted(name for name in (*DIRECT, *COMPUTED) if not hasattr(args, name))
     if missing:
         raise CheckpointError(
-            f"the checkpoint's arguments lack {', '.join(missing)}; this converter expects those of "
-            "megatron-core 0.19, convert it with the version that trained the model"
+            f"the checkpoint's arguments lack {', '.join(missing)}; expected are those of "
+            "megatron-core 0.19; use the converter for the version that trained the model"
         )
     config = {theirs: getattr(args, ours) for ours, theirs in DIRECT.items()}
     config["num_key_value_heads"] = (
@@ -185,7 +185,7 @@ def _rope(args: Namespace) -> Config:
         if factor is not None:
             raise CheckpointError(
                 "the checkpoint was trained with --use-rope-scaling and with "
-                f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has only one or the other"
+                f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has one or the other"
             )
         if args.rope_scaling_factor != LLAMA3["factor"]:
             raise CheckpointError(

@@ -103,19 +103,19 @@ class OpenModel:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         # A document may be longer than the context, because it is cut into windows: no warning.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of config.json and the weights."""
+        """Return the SHA-256 of config.json and the weights."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(self.path.glob("*.safetensors")):
             digest.update(bytes.fromhex(sha256_of(file)))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a study's manifest records about the model."""
+        """Return what a study's manifest records about the model."""
         return {
             "path": str(self.path),
             "fingerprint": self.fingerprint(),
@@ -134,7 +134,7 @@ class OpenModel:
 
 
 def open_model(path: Path, *, dtype: str = "auto", device: Any = None) -> OpenModel:
-    """Reads a folder's settings; the model and the tokenizer are loaded on first use.
+    """Read a folder's settings; the model and the tokenizer are loaded on first use.
 
     The folder's own modeling code runs then: open only folders that you trust.
 
@@ -156,7 +156,7 @@ def open_model(path: Path, *, dtype: str = "auto", device: Any = None) -> OpenMo
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: Any = "cpu") -> Any:
-    """Loads a causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode.
 
     Args:
         folder: config.json, weights and, for an exported model, its modeling code.
@@ -184,7 +184,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: Any = "cpu") -> Any
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a folder's tokenizer.
+    """Load a folder's tokenizer.
 
     Raises:
         CheckpointError: the tokenizer is missing or broken.

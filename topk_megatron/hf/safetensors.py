@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -166,7 +166,10 @@ def plan_shards(tensors: list[TensorPlan], shard_size: int) -> list[list[TensorP
 
 
 class ShardWriter:
-    """Writes tensors in the planned order to ``model*.safetensors``, and the index."""
+    """Writes tensors in the planned order to ``model*.safetensors``, and the index.
+
+    As a context manager it finishes when the block succeeds.
+    """
 
     def __init__(
         self, directory: Path, shards: list[list[TensorPlan]], stem: str = "model"
@@ -222,11 +225,14 @@ class ShardWriter:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(self._directory / INDEX, index, sort_keys=True)
 
-    def abort(self) -> None:
-        """Close the open file, if there is one."""
-        if self._file is not None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._file is not None:
             self._file.close()
-            self._file = None
 
 
 def _header(tensors: list[TensorPlan]) -> bytes:

@@ -13,7 +13,7 @@ _PARTS = ("train", "validation", "test")
 
 
 def check_data_files(args: Namespace) -> None:
-    """Refuse missing or broken dataset files, and splits that leave a part without a document.
+    """Refuse missing or damaged dataset files, and splits that leave a part without a document.
 
     Raises:
         DataError: names the file and what to do.
@@ -53,7 +53,7 @@ def count_documents(prefix: str) -> int:
 
 
 def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
-    """Compare with the manifest that our preprocessing leaves beside the data, if there is one."""
+    """Compare with the manifest that our preprocessing leaves next to the data, if there is one."""
     manifest = Path(f"{prefix}{MANIFEST}")
     if tokenizer_model is None or not manifest.is_file():
         return
@@ -64,12 +64,12 @@ def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
     if expected != fingerprint(tokenizer_model):
         raise DataError(
             f"{prefix} was tokenized with another tokenizer than {tokenizer_model} (their SHA-256 "
-            f"differ, see {manifest}); give that one, or tokenize the text anew"
+            f"differ, see {manifest}); give that one, or tokenize the text again"
         )
 
 
 def _check_split(prefix: str, documents: int, args: Namespace) -> None:
-    """Megatron would look for ever for samples in a part that has no document."""
+    """Refuse a part without documents, in which Megatron would search for samples forever."""
     weights = split_weights(args.split or "969,30,1")
     total = sum(weights)
     wanted = (True, bool(args.eval_iters), bool(args.eval_iters))
@@ -87,7 +87,11 @@ def _check_split(prefix: str, documents: int, args: Namespace) -> None:
 
 
 def split_weights(split: str) -> list[float]:
-    """Read ``90,8,2`` (or with / between) as three weights, filled up with zeros."""
+    """Read ``90,8,2`` or ``90/8/2`` as three weights; missing ones are zero.
+
+    Raises:
+        DataError: the text is not one to three weights that are not negative.
+    """
     try:
         weights = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
     except ValueError as error:
@@ -98,7 +102,7 @@ def split_weights(split: str) -> list[float]:
 
 
 def _entries_of(file: str | None) -> list[str] | None:
-    """What ``--data-args-path`` lists."""
+    """Return the entries of the file given as ``--data-args-path``."""
     if file is None:
         return None
     if not Path(file).is_file():
@@ -107,7 +111,7 @@ def _entries_of(file: str | None) -> list[str] | None:
 
 
 def _prefixes(entries: list[str] | None) -> list[str]:
-    """Dataset prefixes on this machine, without the weights that may stand between them."""
+    """Return the dataset prefixes on this machine, without the weights between them."""
     return [entry for entry in entries or [] if not _is_number(entry) and "://" not in entry]
 
 

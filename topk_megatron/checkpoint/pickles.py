@@ -217,10 +217,10 @@ def check_object(content: bytes, source: str) -> None:
     """Compare every name in an object with the list, without unpickling anything.
 
     Raises:
-        UnsafeCheckpointError: a name that is not on the list, or a form that hides names.
+        UnsafeCheckpointError: a name is not on the list, or the pickle hides its names.
         RuntimeError, ValueError: the bytes are damaged.
     """
-    # torch's own reader, and not zipfile: the two could take different records of one name.
+    # torch's own reader and not zipfile: the two could read different records of one name.
     archive: Any = torch._C.PyTorchFileReader(io.BytesIO(content))
     if archive.has_record("constants.pkl"):
         raise _unsafe("a TorchScript program", source)

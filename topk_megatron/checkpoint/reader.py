@@ -150,7 +150,7 @@ class CheckpointReader:
 
 
 def read_args(directory: Path) -> Namespace:
-    """Return the arguments of the run that wrote a checkpoint; raises as `CheckpointReader`."""
+    """The arguments of the run that wrote a checkpoint; raises as `CheckpointReader` does."""
     return CheckpointReader(directory).args
 
 

@@ -99,7 +99,7 @@ def _copy_tokenizer(source: HuggingFaceSource, folder: Path, final: Path) -> Non
     if not needed & {file.name for file in files}:
         raise CheckpointError(
             f"{source.directory} has no tokenizer ({' or '.join(sorted(needed))}); copy it there, "
-            "or say --no-tokenizer and give --tokenizer-model when training"
+            "or use --no-tokenizer and give --tokenizer-model when training"
         )
     (folder / "tokenizer").mkdir()
     for file in files:

@@ -93,7 +93,7 @@ class FolderWeights:
         for name in sorted(set(named.values())) if named else [_SINGLE]:
             path = directory / name
             if not path.is_file():
-                raise CheckpointError(f"{directory} is not whole: its file {name} is missing")
+                raise CheckpointError(f"{directory} is incomplete: its file {name} is missing")
             file = SafetensorsFile(path)
             self._files.update(dict.fromkeys(file.entries, file))
         lost = sorted(set(named) - set(self._files))

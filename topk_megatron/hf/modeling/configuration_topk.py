@@ -153,25 +153,25 @@ class TopKLMConfig(PretrainedConfig):
         parameters: dict[str, Any] | None,
     ) -> None:
         """Set both spellings: 5.x reads one, and 4.57 silently takes 10000 without the other."""
-        told = dict(parameters or {})
+        given = dict(parameters or {})
         if theta is None:
-            theta = told.get("rope_theta")
+            theta = given.get("rope_theta")
         if theta is None:
             raise ValueError("rope_theta is missing; write it, or rope_parameters with it")
-        if told.get("rope_theta", theta) != theta:
+        if given.get("rope_theta", theta) != theta:
             raise ValueError(
-                f"rope_theta is {theta} and rope_parameters says {told['rope_theta']}; make them "
+                f"rope_theta is {theta} and rope_parameters says {given['rope_theta']}; make them "
                 "equal"
             )
         own = {"rope_theta", "partial_rotary_factor", "type"}
-        told = {name: value for name, value in (told or scaling or {}).items() if name not in own}
-        told.setdefault("rope_type", (scaling or {}).get("type", "default"))
-        if told["rope_type"] not in _ROPE_TYPES:
+        given = {name: value for name, value in (given or scaling or {}).items() if name not in own}
+        given.setdefault("rope_type", (scaling or {}).get("type", "default"))
+        if given["rope_type"] not in _ROPE_TYPES:
             raise ValueError(
-                f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {told['rope_type']!r}"
+                f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {given['rope_type']!r}"
             )
         self.rope_theta = theta
-        self.rope_parameters = {**told, "rope_theta": theta}
+        self.rope_parameters = {**given, "rope_theta": theta}
         if not hasattr(PretrainedConfig, "rope_scaling"):  # in 5.x another name of rope_parameters
             self.rope_scaling = self._scaling(self.rope_parameters)
 

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from topk_megatron.analysis.corpus import Corpus
-from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.sources import make_source
+from topk_megatron.hf.model import OpenModel, open_model
 
 SEQ_LENGTH = 256
 
@@ -58,7 +58,7 @@ class _Words:
         return [f"▁{number}" for number in ids]
 
 
-def quickstart_folder(directory: Path, layers: list[int]) -> Folder:
+def quickstart_folder(directory: Path, layers: list[int]) -> OpenModel:
     """Return the quickstart's model with random weights, which are never saved."""
     from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
 
@@ -78,7 +78,7 @@ def quickstart_folder(directory: Path, layers: list[int]) -> Folder:
         pad_token_id=None,
     )
     config.save_pretrained(directory)
-    folder = open_folder(directory, torch.device("cpu"))
+    folder = open_model(directory, device="cpu")
     model = TopKLMForCausalLM(config).eval().requires_grad_(False)
     folder.__dict__.update(model=model, tokenizer=_Words())
     return folder
@@ -92,7 +92,7 @@ def make_corpus(tokens: int, vocab_size: int) -> Corpus:
     return Corpus("random", "text", ids.astype(np.uint16), starts)
 
 
-def plain(folder: Folder, corpus: Corpus, batch: int, *, logits: bool) -> float:
+def plain(folder: OpenModel, corpus: Corpus, batch: int, *, logits: bool) -> float:
     """Return the seconds of the model's own forward pass over the corpus."""
     model = folder.model if logits else folder.model.model
     count = len(corpus.tokens) // SEQ_LENGTH * SEQ_LENGTH
@@ -104,7 +104,7 @@ def plain(folder: Folder, corpus: Corpus, batch: int, *, logits: bool) -> float:
     return time.perf_counter() - started
 
 
-def recording(folder: Folder, corpus: Corpus, batch: int, directory: Path, raw: bool) -> Any:
+def recording(folder: OpenModel, corpus: Corpus, batch: int, directory: Path, raw: bool) -> Any:
     """Return the seconds of a whole recording, with merge and manifest, and its speed.json."""
     config = RecordConfig(
         study=directory, run="run", seq_length=SEQ_LENGTH, batch_size=batch, raw=raw, overwrite=True
@@ -117,7 +117,7 @@ def recording(folder: Folder, corpus: Corpus, batch: int, directory: Path, raw: 
 
 def compare(args: argparse.Namespace, directory: Path) -> None:
     """Print speeds and their ratios to the plain forward pass."""
-    folder = open_folder(args.model) if args.model else quickstart_folder(directory, [0, 1, 2, 3])
+    folder = open_model(args.model) if args.model else quickstart_folder(directory, [0, 1, 2, 3])
     corpus = make_corpus(args.tokens // SEQ_LENGTH * SEQ_LENGTH, folder.vocab_size)
     names = ("plain, no logits", "plain", "aggregates", "aggregates and raw")
     times: dict[str, list[float]] = {name: [] for name in names}

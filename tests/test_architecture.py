@@ -23,7 +23,7 @@ ALLOWED = {
     "train": {
         *("checkpoint", "compat", "config", "errors", "files", "model", "ops", "parallel", "text")
     },
-    "plan": {"compat", "config", "errors", "model", "parallel", "train"},
+    "plan": {"checkpoint", "compat", "config", "errors", "model", "parallel", "train"},
     "hf": {"checkpoint", "config", "errors", "files", "ops"},
     "evaluation": {"errors", "files", "hf", "text"},
     "analysis": {"config", "errors", "files", "hf", "ops", "text"},

@@ -15,9 +15,9 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.hf.export import DTYPES, ExportSettings, export_checkpoint
+from topk_megatron.hf.export import ExportSettings, export_checkpoint, export_trajectory
+from topk_megatron.hf.model import DTYPES
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
-from topk_megatron.hf.trajectory import export_trajectory
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,11 +28,14 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_to_hf(commands.add_parser("to-hf", help="a Megatron checkpoint as a Hugging Face folder"))
+    _add_to_hf(
+        commands.add_parser("to-hf", help="convert a Megatron checkpoint to a Hugging Face folder")
+    )
     _add_to_megatron(
         commands.add_parser(
             "to-megatron",
-            help="an exported folder, or a dense Llama, Qwen2 or Qwen3, as a Megatron checkpoint",
+            help="convert an exported folder, or a dense Llama, Qwen2 or Qwen3, to a Megatron "
+            "checkpoint",
         )
     )
     return parser.parse_args()
@@ -40,46 +43,49 @@ def parse() -> argparse.Namespace:
 
 def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="directory given to Megatron's --save")
-    add("--save", type=Path, required=True, help="the folder to make; must not exist")
+    add("--load", type=Path, required=True, help="the directory given to Megatron's --save")
+    add("--save", type=Path, required=True, help="the folder to create; must not exist")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--iteration", type=int, help="which checkpoint (default: the latest)")
     which.add_argument(
         "--all-iterations",
         action="store_true",
-        help="every checkpoint: a folder each, and trajectory.json",
+        help="export every checkpoint to a folder of its own, and write trajectory.json",
     )
-    add("--dtype", choices=sorted(DTYPES), help="of the weights (default: the checkpoint's)")
-    add("--dense", action="store_true", help="a stock Megatron checkpoint without TopK settings")
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the checkpoint's)")
+    add(
+        "--dense",
+        action="store_true",
+        help="the checkpoint is one of stock Megatron, without TopK settings",
+    )
     add("--shard-size", default="2GB", help="largest safetensors file (default: %(default)s)")
     add("--tokenizer-model", help="the tokenizer (default: where training found it)")
-    add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    add("--no-tokenizer", action="store_true", help="do not convert the tokenizer")
 
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--load", type=Path, required=True, help="the Hugging Face folder")
-    add("--save", type=Path, required=True, help="the checkpoint to make; must not exist")
+    add("--save", type=Path, required=True, help="the checkpoint to create; must not exist")
     add(
         "--tp",
         type=int,
         default=1,
-        help="tensor-parallel size of the run to come. A torch_dist checkpoint loads in any "
-        "layout; this decides only to which multiple the vocabulary is padded "
-        "(default: %(default)s)",
+        help="tensor-parallel size of the next run. A torch_dist checkpoint loads in any layout; "
+        "this decides only to which multiple the vocabulary is padded (default: %(default)s)",
     )
     add("--pp", type=int, default=1, help="pipeline-parallel size; only recorded")
     add(
         "--make-vocab-size-divisible-by",
         type=int,
         metavar="N",
-        help="as in Megatron (default: that of the exported run; 128 for other models)",
+        help="as in Megatron (default: the exported run's, or 128 for other models)",
     )
-    add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    add("--no-tokenizer", action="store_true", help="do not convert the tokenizer")
 
 
 def read_size(text: str) -> int:
-    """Bytes of 2GB, 500MB, 1GiB or a plain number."""
+    """Return the bytes of 2GB, 500MB, 1GiB or a plain number."""
     upper = text.strip().upper()
     for unit, factor in _UNITS.items():
         if upper.endswith(unit):
@@ -98,7 +104,7 @@ def read_size(text: str) -> int:
 
 @contextmanager
 def bars() -> Iterator[Any]:
-    """Give what makes a bar over the bytes of one conversion; none is left open for an error."""
+    """Yield a function that shows a progress bar; all bars are closed, even after an error."""
     from tqdm import tqdm
 
     shown: list[Any] = []
@@ -145,21 +151,25 @@ def _to_megatron(args: argparse.Namespace) -> None:
     )
     with bars() as bar:
         source = restore_checkpoint(args.load, args.save, settings, progress=bar)
-    print(f"{args.save}: iteration {source.iteration}; it has no optimizer, so train on with")
+    print(f"{args.save}: iteration {source.iteration}; it has no optimizer, so continue with")
     if source.is_export:
         print(f"  --load {args.save} --no-load-optim --no-load-rng")
     else:
-        print(f"  --load {args.save} --finetune, and the --topk-... flags of the TopK LM to be")
+        print(f"  --load {args.save} --finetune, and the --topk-... flags of the new TopK LM")
 
 
 def _stop(number: int, frame: Any) -> None:
-    print("error: stopped by a signal; what was begun is removed", file=sys.stderr, flush=True)
-    sys.exit(128 + number)  # unwinds, so that it is
+    print(
+        "error: stopped by a signal; the unfinished conversion is removed",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.exit(128 + number)  # unwinding removes it
 
 
 @exit_on_user_error
 def main() -> None:
-    """Convert, and say what was made."""
+    """Convert, and print the result."""
     args = parse()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)

@@ -1,4 +1,4 @@
-"""Perplexity on held-out text and lm-eval tasks of exported models, side by side.
+"""Measure exported models side by side: perplexity on held-out text, and lm-eval tasks.
 
 python tools/evaluate.py --model hf/topk hf/dense --text 'held-out/*.txt' \
     --tasks examples/quickstart/tasks/next_line.yaml --output results.json
@@ -14,9 +14,9 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.evaluation.model import DTYPES, OpenModel, open_model
 from topk_megatron.evaluation.perplexity import perplexity, read_documents
 from topk_megatron.evaluation.tasks import evaluate_tasks
+from topk_megatron.hf.model import DTYPES, OpenModel, open_model
 
 
 def parse() -> argparse.Namespace:
@@ -25,18 +25,22 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, nargs="+", required=True, help="folders; their modeling code is run"
+        "--model", type=Path, nargs="+", required=True, help="folders; their modeling code runs"
     )
     parser.add_argument("--text", nargs="+", help="text files or globs for perplexity")
     parser.add_argument("--json-key", default="text", help="key of the text in JSON lines")
     parser.add_argument("--tasks", nargs="+", help="task files (.yaml) or names known to lm-eval")
-    parser.add_argument("--context", type=int, help="tokens of a window (default: the model's)")
-    parser.add_argument("--stride", type=int, help="tokens between windows (default: the context)")
-    parser.add_argument("--limit", type=int, help="examples of each task (default: all)")
+    parser.add_argument(
+        "--context", type=int, help="tokens per window (default: the model's length)"
+    )
+    parser.add_argument(
+        "--stride", type=int, help="tokens between the starts of windows (default: the context)"
+    )
+    parser.add_argument("--limit", type=int, help="examples per task (default: all)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--output", type=Path, help="a file for the results, as JSON")
     args = parser.parse_args()
     if not args.text and not args.tasks:
         parser.error("nothing to do: give --text, --tasks or both")
@@ -54,10 +58,10 @@ def main() -> None:
     texts = read_documents(args.text, args.json_key) if args.text else []
     results = []
     for directory in args.model:
-        # The libraries talk while they work; standard output is for the table.
+        # The libraries print while they work; standard output is for the table.
         with contextlib.redirect_stdout(sys.stderr):
             opened = open_model(directory, dtype=args.dtype, device=args.device)
-            results.append(_evaluate(opened, directory, texts, args))
+            results.append(_evaluate(opened, texts, args))
     if args.output is not None:
         args.output.write_text(json.dumps({"format_version": 1, "results": results}, indent=2))
     print(table(results))
@@ -68,12 +72,11 @@ def _check_output(output: Path | None) -> None:
         raise ConfigError(f"--output {output}: the folder does not exist")
 
 
-def _evaluate(
-    opened: OpenModel, directory: Path, texts: list[str], args: argparse.Namespace
-) -> dict[str, Any]:
+def _evaluate(opened: OpenModel, texts: list[str], args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    found: dict[str, Any] = {"model": opened.name, "path": str(directory), "topk": opened.topk}
+    topk = opened.topk if opened.is_topk else None
+    found: dict[str, Any] = {"model": opened.name, "path": str(opened.path), "topk": topk}
     if texts:
         measured = perplexity(
             opened,
@@ -92,7 +95,7 @@ def _evaluate(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One row a model; accuracies with their standard error."""
+    """Return one row per model; accuracies have their standard error."""
     columns: dict[str, list[str]] = {"model": [], "k": []}
     tasks = sorted({name for result in results for name in result.get("tasks", {})})
     for result in results:
@@ -100,9 +103,9 @@ def table(results: list[dict[str, Any]]) -> str:
         columns["k"].append(str(result["topk"]["k"]) if result["topk"] else "dense")
         if (measured := result.get("perplexity")) is not None:
             loss = "{loss:.4f} [{low:.3f}, {high:.3f}]".format(**measured)
-            columns.setdefault("nats a token [95 %]", []).append(loss)
+            columns.setdefault("nats per token [95 %]", []).append(loss)
             columns.setdefault("perplexity", []).append(f"{measured['perplexity']:.2f}")
-            columns.setdefault("bits a byte", []).append(f"{measured['bits_per_byte']:.4f}")
+            columns.setdefault("bits per byte", []).append(f"{measured['bits_per_byte']:.4f}")
         for name in tasks:
             metrics = result["tasks"][name]
             metric = "acc" if "acc" in metrics else next(iter(metrics))

@@ -1,4 +1,4 @@
-"""Text that an exported model writes, with neurons pushed or not.
+"""Generate text with an exported model, and push a neuron if asked to.
 
 python tools/generate.py --model runs/quickstart/hf/topk --prompt "**ROMEO**" --tokens 80
 python tools/generate.py --model hf/topk --prompt "To be" --neuron 3:17 --set 4.0
@@ -11,7 +11,7 @@ from typing import Any
 
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
-from topk_megatron.evaluation.model import DTYPES, OpenModel, open_model
+from topk_megatron.hf.model import DTYPES, OpenModel, open_model
 
 
 def parse() -> argparse.Namespace:
@@ -19,12 +19,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="folder; its modeling code is run"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="folder; its modeling code runs")
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
-    parser.add_argument("--tokens", type=int, default=80, help="tokens to write for each")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--tokens", type=int, default=80, help="tokens to generate per prompt")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the most likely token"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
 
 
 def intervention(args: argparse.Namespace) -> Any:
-    """The push that was asked for, or None."""
+    """Return the requested push, or None."""
     from topk_megatron.hf import Intervention
 
     values = {op: getattr(args, op) for op in ("set", "add", "scale")}
@@ -52,23 +52,23 @@ def intervention(args: argparse.Namespace) -> Any:
     if match is None or not chosen:
         raise ConfigError(
             "--neuron LAYER:NEURON (both from 0) and one of --set, --add, --scale, --ablate belong "
-            f"together; got --neuron {args.neuron}, {', '.join(chosen) or 'nothing to do with it'}"
+            f"together; got --neuron {args.neuron} and {', '.join(chosen) or 'no operation'}"
         )
     op, value = next(iter(chosen.items()))
     return Intervention(layer=int(match[1]), neuron=int(match[2]), op=op, value=value)
 
 
 def write(opened: OpenModel, prompt: str, args: argparse.Namespace) -> str:
-    """The continuation of one prompt."""
+    """Return the continuation of one prompt."""
     import torch
 
     tokens = opened.encode(prompt)
     start: Any = opened.model.config.eos_token_id
     tokens = tokens or [start[0] if isinstance(start, list) else start]
-    if len(tokens) + args.tokens > opened.context:
+    if len(tokens) + args.tokens > opened.max_length:
         raise ConfigError(
             f"the prompt has {len(tokens)} tokens and --tokens is {args.tokens}: together they "
-            f"must be at most {opened.context}, what the model was trained with"
+            f"must be at most {opened.max_length}, the length that the model was trained with"
         )
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0}
@@ -95,7 +95,7 @@ def main() -> None:
     if push is None:
         texts = [write(opened, prompt, args) for prompt in args.prompt]
     else:
-        if opened.topk is None:
+        if not opened.is_topk:
             raise ConfigError(f"{args.model} is a dense model: it has no TopK neuron to push")
         try:
             with opened.model.intervene(push):

@@ -3,7 +3,7 @@
     python tools/preprocess_data.py --input 'plays/**/*.md' --output-prefix data/plays \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 2
 
-A .txt or .md file is one document, a line of .jsonl is one. Writes PREFIX.bin, PREFIX.idx and
+A .txt or .md file is one document, and so is a line of .jsonl. Writes PREFIX.bin, PREFIX.idx and
 PREFIX.manifest.json; give PREFIX to pretrain_topk_gpt.py as --data-path.
 """
 
@@ -25,13 +25,19 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, help="text files or globs")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="dataset to write")
+    parser.add_argument(
+        "--output-prefix", type=Path, required=True, help="path prefix of the dataset"
+    )
     add_tokenizer_arguments(parser)
     parser.add_argument("--json-key", default="text", help="key of the text in JSON lines")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizing processes")
-    parser.add_argument("--no-eod", action="store_true", help="no end-of-document tokens")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave bad lines out")
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that exists")
+    parser.add_argument(
+        "--no-eod", action="store_true", help="do not append end-of-document tokens"
+    )
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true", help="skip bad lines instead of failing"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args()
     if args.workers < 0:
         parser.error(f"--workers must be at least 0, got {args.workers}")
@@ -39,13 +45,13 @@ def parse() -> argparse.Namespace:
 
 
 def report(output: Path, summary: Summary, seconds: float) -> None:
-    """Say what was written, and on standard error what was left out."""
+    """Print what was written, and on standard error what was skipped."""
     for line in summary.first_bad_lines:
         print(f"skipped {line}", file=sys.stderr)
     if summary.bad_lines:
-        print(f"skipped {summary.bad_lines} bad lines in all", file=sys.stderr)
+        print(f"skipped {summary.bad_lines} bad lines in total", file=sys.stderr)
     if summary.empty_documents:
-        print(f"left out {summary.empty_documents:,} empty documents", file=sys.stderr)
+        print(f"skipped {summary.empty_documents:,} empty documents", file=sys.stderr)
     print(
         f"{output}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
         f"{summary.text_bytes / max(summary.tokens, 1):.2f} bytes/token, "

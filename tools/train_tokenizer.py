@@ -17,17 +17,21 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, help="text files or globs")
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, bytes included")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="number of pieces, including bytes"
+    )
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--character-coverage", type=float, default=0.9995)
     parser.add_argument("--json-key", default="text", help="key of the text in JSON lines")
-    parser.add_argument("--max-sentences", type=int, default=5_000_000, help="lines to sample")
+    parser.add_argument(
+        "--max-sentences", type=int, default=5_000_000, help="lines to sample from a larger corpus"
+    )
     return parser.parse_args()
 
 
 @exit_on_user_error
 def main() -> None:
-    """Train and say what was made."""
+    """Train, and print the result."""
     args = parse()
     lines = train_sentencepiece(
         args.input,

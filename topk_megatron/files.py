@@ -1,4 +1,4 @@
-"""Files and folders: written in one step, read with a clear error, and known by their hash."""
+"""Files and folders: written in one step, read with clear errors, identified by their hash."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ _PARTIAL = ".partial-"
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `target` to write into; rename it at the end.
+    """Yield a temporary sibling of `target` to write into, and rename it at the end.
 
-    Whatever ends the block early removes what was written; only a kill leaves the sibling (a name
-    that begins with a dot), which the next run for `target` on this machine removes.
+    If the block ends early, everything written is removed. Only a kill leaves the sibling, whose
+    name begins with a dot; the next run for `target` on this machine removes it.
 
     Raises:
         CheckpointError: `target` exists, or the disk is full or cannot be written to.
@@ -43,13 +43,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path) -> None:
-    """Never write over something."""
+    """Refuse to overwrite anything.
+
+    Raises:
+        CheckpointError: `target` exists.
+    """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists already; give another --save or remove it")
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Of killed runs on this machine; their process numbers are in the names."""
+    """Remove the folders of killed runs on this machine; their names hold the process number."""
     prefix = f".{target.name}.partial.{socket.gethostname()}."
     for path in target.parent.glob(f"{prefix}*"):
         number = path.name.removeprefix(prefix)
@@ -59,7 +63,7 @@ def _remove_leftovers(target: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` in one step if the block ends well."""
+    """Yield a temporary path that becomes `path` in one step if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
@@ -70,7 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete what killed processes left of files that they were writing below `directory`.
+    """Delete the unfinished files that killed processes left below `directory`.
 
     No other process may be writing there.
     """
@@ -79,7 +83,7 @@ def remove_partial(directory: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -89,10 +93,10 @@ def read_json(path: Path, error: type[UserError] = CheckpointError) -> Any:
 
     Args:
         path: the file.
-        error: what to raise.
+        error: the class of the error to raise.
 
     Raises:
-        UserError: `error`, if the file is missing, unreadable or not JSON.
+        UserError: of class `error`, if the file is missing, unreadable or not JSON.
     """
     if not path.is_file():
         raise error(f"{path.parent} has no {path.name}")
@@ -103,27 +107,45 @@ def read_json(path: Path, error: type[UserError] = CheckpointError) -> Any:
 
 
 def read_object(path: Path, error: type[UserError] = CheckpointError) -> dict[str, Any]:
-    """Read a JSON file that holds an object; raises as `read_json` does."""
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: as `read_json` does, or if the file does not hold an object.
+    """
     content = read_json(path, error)
     if not isinstance(content, dict):
         raise error(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    """Write a JSON file in one step."""
-    with replacing(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n"
-        temporary.write_text(text)
+def write_json(
+    path: Path, content: Any, *, sort_keys: bool = False, allow_nan: bool = False
+) -> None:
+    """Write a JSON file in one step; it survives a power cut.
+
+    Args:
+        path: the file.
+        content: anything that `json` can write.
+        sort_keys: whether to sort the keys of objects.
+        allow_nan: whether to write NaN and infinities, which are not JSON, as Python does.
+
+    Raises:
+        ValueError: `content` holds NaN or an infinity without `allow_nan`.
+    """
+    options: dict[str, Any] = {"indent": 2, "sort_keys": sort_keys, "allow_nan": allow_nan}
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.write(json.dumps(content, **options) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as manifests hold them."""
+    """Return the size and SHA-256 of a file, as manifests record them."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def read_scalars(directory: Path, tag: str) -> dict[int, float]:
-    """Values by iteration from the TensorBoard events of `directory`."""
+    """Return values by iteration from the TensorBoard events of `directory`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from topk_megatron.errors import CheckpointError, ConfigError
-from topk_megatron.files import new_folder
+from topk_megatron.files import new_folder, read_object
 from topk_megatron.hf.export import check_config
 from topk_megatron.hf.model import load_model, load_tokenizer
-from topk_megatron.hf.safetensors import read_json
-from topk_megatron.hf.shards import INDEX, ShardWriter, TensorPlan, plan_shards
+from topk_megatron.hf.safetensors import INDEX, ShardWriter, TensorPlan, plan_shards
 
 RECORD = "deepspeed_training.json"
 _SHARD_BYTES = 2 * 2**30
@@ -31,7 +30,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder holds no TopK LM.
         ConfigError: it has experts.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("model_type") != "topk_lm":
         raise CheckpointError(
             f"{folder} is not a TopK LM folder: its model_type is {config.get('model_type')!r}, "
@@ -127,7 +126,7 @@ def _copy_rest(source: Path, folder: Path, dtype: torch.dtype, record: dict[str,
     said = f"\nTrained further with DeepSpeed for {record['steps']} steps; see `{RECORD}`.\n"
     (folder / card.name).write_text((card.read_text() if card.is_file() else "") + said)
     _write(folder / RECORD, record)
-    config = {**read_json(source / "config.json"), "dtype": str(dtype).removeprefix("torch.")}
+    config = {**read_object(source / "config.json"), "dtype": str(dtype).removeprefix("torch.")}
     _write(folder / "config.json", config)
 
 

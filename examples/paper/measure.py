@@ -92,15 +92,15 @@ def _measure(
     import torch
 
     torch.set_num_threads(1)
-    from topk_megatron.evaluation.model import open_model
     from topk_megatron.evaluation.perplexity import read_documents, window_losses
     from topk_megatron.evaluation.tasks import evaluate_tasks
     from topk_megatron.files import read_scalars, replacing
     from topk_megatron.hf.export import ExportSettings, export_checkpoint
+    from topk_megatron.hf.model import open_model
 
     shutil.rmtree(folder_of(run), ignore_errors=True)
     export_checkpoint(run.directory / "checkpoints", folder_of(run), ExportSettings())
-    opened = open_model(folder_of(run))
+    opened = open_model(folder_of(run), dtype="float32", device="cpu")
     losses, counts = window_losses(opened, read_documents([str(path) for path in texts]))
     scores = evaluate_tasks(opened, [str(path) for path in tasks], limit=amounts.examples)
     events = run.directory / "tensorboard"
@@ -120,13 +120,13 @@ def _measure(
 def _record(run: Run, dataset: Path, study: Path, amounts: Amounts) -> dict[str, dict[str, Any]]:
     """Record the run; return silent share and token entropies by "k/layer"."""
     from topk_megatron.analysis.corpus import open_corpus
-    from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.measures import corrected_entropy
     from topk_megatron.analysis.record.plan import RecordConfig
     from topk_megatron.analysis.record.run import record
     from topk_megatron.analysis.sources import make_source
+    from topk_megatron.hf.model import open_model
 
-    folder = open_folder(folder_of(run))
+    folder = open_model(folder_of(run))
     corpus = open_corpus(
         str(dataset), lambda: folder.tokenizer, documents=HELD_OUT, max_tokens=amounts.tokens
     )

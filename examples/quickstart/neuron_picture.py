@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from topk_megatron.analysis.corpus import Corpus, open_corpus
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run, open_run
+from topk_megatron.hf.model import open_model
 
 HELD_OUT = "-4:"  # the plays that the quickstart's study was recorded on
 RARE, FREQUENT = 0.001, 0.05  # share of all tokens on which a neuron that is shown may fire
@@ -136,7 +136,7 @@ def activations(run: Run, neuron: Neuron, model: Path, corpus: Corpus) -> np.nda
     Raises:
         SystemExit: If model or corpus are not those of the run.
     """
-    folder = open_folder(model)
+    folder = open_model(model)
     if (
         corpus.fingerprint() != run.manifest["corpus"]["fingerprint"]
         or folder.fingerprint() != run.manifest["model"]["fingerprint"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.harness.launch import REPOSITORY
 from topk_megatron.analysis.corpus import Corpus
-from topk_megatron.analysis.folder import Folder
+from topk_megatron.hf.model import OpenModel
 
 
 class PlantedSource:
@@ -27,7 +27,7 @@ class PlantedSource:
     mode = "value"
     sae: dict[str, Any] | None = None
 
-    def __init__(self, folder: Folder, width: int, rule: Callable[[np.ndarray], Any]) -> None:
+    def __init__(self, folder: OpenModel, width: int, rule: Callable[[np.ndarray], Any]) -> None:
         self.folder, self.width, self.rule = folder, width, rule
         self.layers: tuple[int, ...] = (0,)
         self.k = rule(np.zeros(1, np.int64))[0].shape[1]

@@ -7,8 +7,8 @@ import pytest
 
 from tests.analysis.conftest import write_corpus
 from topk_megatron.analysis.corpus import check_tokenizer, open_corpus
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.errors import DataError
+from topk_megatron.hf.model import open_model
 
 
 def no_tokenizer() -> None:
@@ -28,7 +28,7 @@ def test_a_dataset_is_read_as_megatron_reads_it(dataset: Path) -> None:
 def test_text_files_give_the_tokenizers_ids_with_an_end(topk_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word5 word9 nonsense")
     (tmp_path / "b.jsonl").write_text('{"text": "word7"}\n{"text": "word8 word8"}\n')
-    folder = open_folder(topk_folder)
+    folder = open_model(topk_folder)
     corpus = open_corpus(str(tmp_path), lambda: folder.tokenizer)
     assert sorted(np.split(corpus.tokens, corpus.starts[1:-1]), key=len)[0].tolist() == [7, 1]
     alone = open_corpus(str(tmp_path / "a.txt"), lambda: folder.tokenizer)
@@ -58,7 +58,7 @@ def test_equal_text_has_an_equal_fingerprint_however_it_is_stored(tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is not a Megatron index"),
+        (lambda p: Path(f"{p}.idx").write_bytes(b"nothing"), "is not a Megatron dataset index"),
         (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:60]), "shorter"),
         (lambda p: Path(f"{p}.bin").write_bytes(b"12"), "shorter than"),
         (lambda p: Path(f"{p}.bin").unlink(), "is missing"),

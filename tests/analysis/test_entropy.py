@@ -11,13 +11,13 @@ from topk_megatron.analysis.entropy.neurons import control_entropies, layer_exam
 from topk_megatron.analysis.entropy.results import entropy
 from topk_megatron.analysis.entropy.run import EntropyConfig
 from topk_megatron.analysis.entropy.semantic import load_embedding, semantic_entropy
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.result import write_result
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import open_model
 
 # Tokens 2 to 17 are said equally often; 20 to 23 are synonyms of each other, 30 to 33 are not.
 SYNONYMS = range(20, 24)
@@ -56,7 +56,7 @@ def run(topk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     # A document holds one word of meaning, so that windows do not mix.
     documents = [np.array([word, 50, 51]) for word in rng.permutation(words)]
     config = RecordConfig(study=study, run="planted", block_tokens=96, top_n=80)
-    source = PlantedSource(open_folder(topk_folder), 6, rule)
+    source = PlantedSource(open_model(topk_folder), 6, rule)
     return record(source, make_corpus(documents), config)  # pyright: ignore[reportArgumentType]
 
 
@@ -165,7 +165,7 @@ def test_runs_of_different_text_are_not_compared(
     run: Run, topk_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = run.directory.parents[1]
-    source = PlantedSource(open_folder(topk_folder), 6, rule)
+    source = PlantedSource(open_model(topk_folder), 6, rule)
     corpus = make_corpus([np.arange(2, 40)])
     record(source, corpus, RecordConfig(study=study, run="else"))  # pyright: ignore[reportArgumentType]
     result = analyze(monkeypatch, "entropy", "--study", study, "--runs", "planted", "else")

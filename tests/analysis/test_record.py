@@ -16,7 +16,6 @@ from tests.analysis.conftest import HIDDEN, VOCAB, K
 from tests.analysis.planted import analyze, assert_one_error, files_of
 from tests.harness.launch import REPOSITORY
 from topk_megatron.analysis.corpus import Corpus, open_corpus
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.record import merge
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
@@ -24,6 +23,7 @@ from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run, open_run
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import open_model
 from topk_megatron.ops.reference import topk_mask_reference
 
 SETTINGS: dict[str, Any] = {"block_tokens": 300, "top_n": 5, "bootstrap_neurons": 4, "raw": True}
@@ -37,7 +37,7 @@ def corpus_of(prefix: Path) -> Corpus:
 
 
 def make_run(folder: Path, prefix: Path, study: Path, name: str = "run", **options: object) -> Run:
-    source = make_source(open_folder(folder), **options)  # pyright: ignore[reportArgumentType]
+    source = make_source(open_model(folder), **options)  # pyright: ignore[reportArgumentType]
     return record(source, corpus_of(prefix), RecordConfig(study=study, run=name, **SETTINGS))
 
 
@@ -58,7 +58,7 @@ def dense_run(dense_folder: Path, token_corpus: Path, study: Path) -> Run:
 
 def brute_force(folder: Path, prefix: Path, layer: int) -> np.ndarray:
     """Selected states [tokens, H] of a layer, 0 elsewhere, sequence by sequence."""
-    model = open_folder(folder).model
+    model = open_model(folder).model
     tokens = torch.from_numpy(np.asarray(corpus_of(prefix).tokens, dtype=np.int64))
     rows = []
     for begin in range(0, len(tokens), 32):
@@ -160,7 +160,7 @@ def test_block_histograms_add_up_to_the_whole(topk_run: Run) -> None:
 def test_aggregates_do_not_need_the_raw_activations(
     topk_run: Run, topk_folder: Path, token_corpus: Path, tmp_path: Path
 ) -> None:
-    source = make_source(open_folder(topk_folder))
+    source = make_source(open_model(topk_folder))
     config = RecordConfig(study=tmp_path, run="topk", **{**SETTINGS, "raw": False})
     done = record(source, corpus_of(token_corpus), config)
     one, two = files_of(topk_run.directory), files_of(done.directory)
@@ -247,7 +247,7 @@ def command(folder: Path, prefix: Path, study: Path, block_tokens: int = 300) ->
 def test_killed_and_resumed_equals_uninterrupted(
     topk_folder: Path, token_corpus: Path, tmp_path: Path
 ) -> None:
-    source = make_source(open_folder(topk_folder))
+    source = make_source(open_model(topk_folder))
     config = RecordConfig(study=tmp_path / "a", run="topk", **{**SETTINGS, "block_tokens": 32})
     whole = record(source, corpus_of(token_corpus), config)
     directory = tmp_path / "b" / "runs" / "topk"
@@ -298,7 +298,7 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
     assert (topk_run.directory / "manifest.json").stat().st_mtime_ns == before
     config = RecordConfig(study=study, run="topk", **{**SETTINGS, "top_n": 6})
     with pytest.raises(AnalysisError, match="started with another top_n"):
-        record(make_source(open_folder(topk_folder)), corpus_of(token_corpus), config)
+        record(make_source(open_model(topk_folder)), corpus_of(token_corpus), config)
 
 
 def test_damaged_and_missing_files_of_a_run_are_named(

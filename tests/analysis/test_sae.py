@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.analysis.planted import analyze, assert_one_error
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.sae.results import MatchConfig, match_layer
 from topk_megatron.analysis.sae.training import (
     SAETraining,
@@ -18,6 +17,7 @@ from topk_megatron.analysis.sae.training import (
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import open_run, read_json
 from topk_megatron.analysis.tables import read_table
+from topk_megatron.hf.model import open_model
 
 pytest.importorskip("sae_lens")
 
@@ -37,7 +37,7 @@ def study(dense_folder: Path, token_corpus: Path, tmp_path_factory: pytest.TempP
 def test_recorded_latents_are_the_saes_own(
     study: Path, dense_folder: Path, token_corpus: Path
 ) -> None:
-    folder = open_folder(dense_folder)
+    folder = open_model(dense_folder)
     places = [sae_directory(study, layer, 0) for layer in (0, 1)]
     source = make_source(folder, sae=places)
     tokens = torch.arange(2, 34)[None]

@@ -9,7 +9,6 @@ import torch
 from tests.analysis.conftest import K
 from tests.analysis.planted import analyze, assert_one_error
 from topk_megatron.analysis.corpus import open_corpus
-from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.sources import make_source
@@ -24,17 +23,20 @@ from topk_megatron.analysis.steer.generate import (
 from topk_megatron.analysis.steer.run import equal_activity
 from topk_megatron.analysis.study import Run
 from topk_megatron.analysis.tables import read_table
+from topk_megatron.hf.model import OpenModel, open_model
 
 PROMPTS = torch.tensor([[5, 9, 2, 40], [7, 7, 3, 60]])
 PUSHES = [Push(1, 17, 6.0), Push(0, 3, -4.0)]
 
 
 @pytest.fixture(scope="module", params=["topk", "dense"])
-def folder(request: pytest.FixtureRequest) -> Folder:
-    return open_folder(request.getfixturevalue(f"{request.param}_folder"))
+def folder(request: pytest.FixtureRequest) -> OpenModel:
+    return open_model(request.getfixturevalue(f"{request.param}_folder"))
 
 
-def by_hand(folder: Folder, prompt: torch.Tensor, push: Push, steps: int) -> tuple[list[int], ...]:
+def by_hand(
+    folder: OpenModel, prompt: torch.Tensor, push: Push, steps: int
+) -> tuple[list[int], ...]:
     """Greedy continuation without a cache, by a forward hook that adds to the layer's output."""
 
     def add(_module, _inputs, output):
@@ -52,7 +54,7 @@ def by_hand(folder: Folder, prompt: torch.Tensor, push: Push, steps: int) -> tup
     return (tokens[0, len(prompt) :].tolist(),)
 
 
-def test_steering_by_hand_gives_the_same_text(folder: Folder) -> None:
+def test_steering_by_hand_gives_the_same_text(folder: OpenModel) -> None:
     found = generate(folder, PROMPTS, PUSHES, [0, 1], Sampling(12, 0.0, 0))
     plain = generate(folder, PROMPTS, [None, None], [0, 1], Sampling(12, 0.0, 0))
     for row in range(2):
@@ -61,7 +63,7 @@ def test_steering_by_hand_gives_the_same_text(folder: Folder) -> None:
     assert not torch.equal(found, plain)
 
 
-def test_a_push_of_0_changes_nothing_bitwise(folder: Folder) -> None:
+def test_a_push_of_0_changes_nothing_bitwise(folder: OpenModel) -> None:
     none = [Push(1, 17, 0.0), Push(0, 3, 0.0)]
     sampling = Sampling(12, 1.0, 0)
     assert torch.equal(
@@ -71,14 +73,14 @@ def test_a_push_of_0_changes_nothing_bitwise(folder: Folder) -> None:
     assert torch.equal(logit_changes(folder, PROMPTS, [none[0]]), torch.zeros(1, 96))
 
 
-def test_rows_of_one_group_draw_the_same_numbers(folder: Folder) -> None:
+def test_rows_of_one_group_draw_the_same_numbers(folder: OpenModel) -> None:
     prompts = PROMPTS[[0, 0, 0]]
     found = generate(folder, prompts, [None] * 3, [0, 0, 1], Sampling(12, 1.0, 3))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-def test_losses_are_those_of_the_new_tokens(folder: Folder) -> None:
+def test_losses_are_those_of_the_new_tokens(folder: OpenModel) -> None:
     new = torch.tensor([[4, 8, 15], [16, 23, 42]])
     found = log_losses(folder, PROMPTS, new)
     for row in range(2):
@@ -108,7 +110,7 @@ def run(topk_folder: Path, token_corpus: Path, tmp_path_factory: pytest.TempPath
     study = tmp_path_factory.mktemp("study")
     corpus = open_corpus(str(token_corpus), lambda: None)
     return record(
-        make_source(open_folder(topk_folder)), corpus, RecordConfig(study=study, run="topk")
+        make_source(open_model(topk_folder)), corpus, RecordConfig(study=study, run="topk")
     )
 
 

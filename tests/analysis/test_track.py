@@ -11,12 +11,12 @@ from hypothesis.extra import numpy as hnp
 
 from tests.analysis.conftest import make_model
 from tests.analysis.planted import PlantedSource, analyze, assert_one_error, make_corpus
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.analysis.track.run import TrackConfig, stays_from, track_layer, track_layers
+from topk_megatron.hf.model import open_model
 
 FIRES = {
     # At each of three checkpoints, the tokens of neurons 0, 1, 2.
@@ -39,7 +39,7 @@ def runs(topk_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ru
     study = tmp_path_factory.mktemp("study")
     tokens = np.random.default_rng(0).integers(2, 60, 6000)
     corpus = make_corpus([tokens[:3000], tokens[3000:]])
-    folder = open_folder(topk_folder)
+    folder = open_model(topk_folder)
     return [
         record(
             PlantedSource(folder, 3, planted_rule(step)),  # pyright: ignore[reportArgumentType]

@@ -116,7 +116,7 @@ def test_sampling_runs_nothing(hostile: tuple[Path, Path]) -> None:
 def test_a_trusted_checkpoint_is_opened_when_the_user_says_so(
     trained: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """Also shows that what is planted beside the arguments does run where it is opened."""
+    """Also shows that code planted next to the arguments does run where it is opened."""
     directory, marker = tmp_path / "copy", tmp_path / "ran"
     shutil.copytree(trained[0], directory)
     PLACES["another object"](directory / "iter_0000002", PAYLOADS["call"](marker))

@@ -86,7 +86,7 @@ def test_broken_index_is_named(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "text.bin").write_bytes(b"\0" * 64)
     (tmp_path / "text.idx").write_bytes(b"not an index")
     run = pretrain(1, *flags, "--data-path", tmp_path / "text")
-    assert f"{tmp_path}/text.idx is no Megatron dataset index" in run.error_line()
+    assert f"{tmp_path}/text.idx is not a Megatron dataset index" in run.error_line()
 
 
 def test_data_of_another_tokenizer_is_refused(

@@ -16,9 +16,8 @@ from torch import Tensor
 from tests.distributed.conftest import TOPK
 from tests.harness.launch import REPOSITORY, pretrain
 from topk_megatron.checkpoint.reader import CheckpointReader
-from topk_megatron.hf.export import ExportSettings, export_checkpoint
+from topk_megatron.hf.export import ExportSettings, export_checkpoint, export_trajectory
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
-from topk_megatron.hf.trajectory import export_trajectory
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import run_tool
 from tests.harness.launch import REPOSITORY
-from topk_megatron.evaluation.model import OpenModel, open_model
 from topk_megatron.evaluation.tasks import read_task
+from topk_megatron.hf.model import OpenModel, open_model
 
 TASKS = REPOSITORY / "examples" / "quickstart" / "tasks"
 
@@ -22,7 +22,7 @@ def log_likelihood(opened: OpenModel, context: str, choice: str) -> float:
     """Of a choice after a context, token by token, as lm-eval cuts them."""
     bare = context.rstrip()
     whole = opened.encode(context + choice)
-    cut = max(0, len(whole) - opened.context - 1)  # what the model can read
+    cut = max(0, len(whole) - opened.max_length - 1)  # what the model can read
     start = len(opened.encode(bare)) - cut
     whole = whole[cut:]
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_both_models_are_measured_and_accuracies_equal_a_count_by_hand(
     assert len(done.stdout.splitlines()) == 3
     assert done.stdout.splitlines()[2].split()[1] == "dense"
 
-    opened = open_model(folders["default"])
+    opened = open_model(folders["default"], dtype="float32", device="cpu")
     lines = (TASKS / "next_speaker.jsonl").read_text().splitlines()[:limit]
     right = 0
     for example in map(json.loads, lines):

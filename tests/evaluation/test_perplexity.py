@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topk_megatron.errors import ConfigError, DataError
-from topk_megatron.evaluation.model import OpenModel, open_model
 from topk_megatron.evaluation.perplexity import perplexity, read_documents, windows
+from topk_megatron.hf.model import OpenModel, open_model
 
 TEXTS = [
     "def main():\n    return 0\n" * 6,
@@ -22,7 +22,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def opened(folders: dict[str, Path]) -> OpenModel:
-    return open_model(folders["default"])
+    return open_model(folders["default"], dtype="float32", device="cpu")
 
 
 @given(st.integers(0, 60), st.integers(1, 16), st.data())
@@ -69,7 +69,7 @@ def test_equals_a_loop_over_single_tokens(
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(
     folders: dict[str, Path],
 ) -> None:
-    opened = open_model(folders["dense"])
+    opened = open_model(folders["dense"], dtype="float32", device="cpu")
     with torch.no_grad():
         opened.model.lm_head.weight.zero_()
     found = perplexity(opened, TEXTS)

@@ -14,7 +14,7 @@ from topk_megatron.config import TopKConfig
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import write_args
 from topk_megatron.hf.folder_source import UNTRAINED
-from topk_megatron.hf.mapping import pieces, sizes
+from topk_megatron.hf.pieces import pieces, sizes
 
 
 def synthetic_config(**changes: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.harness.synthetic import synthetic_config, write_synthetic_checkpoint
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf import shards
+from topk_megatron.hf import safetensors
 from topk_megatron.hf.export import ExportSettings, export_checkpoint
 from topk_megatron.hf.restore import RestoreSettings, restore_checkpoint
 
@@ -231,7 +231,7 @@ def test_failing_write_leaves_nothing(
     def close(file: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "_close", close)
+    monkeypatch.setattr(safetensors, "_close", close)
     with pytest.raises(CheckpointError, match="No space left on device; nothing was left"):
         export_checkpoint(checkpoint, tmp_path / "out", ExportSettings(shard_size=8000))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["megatron"]
@@ -240,13 +240,13 @@ def test_failing_write_leaves_nothing(
 _SLOW_WRITE = """
 import sys, time
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf import shards
-original = shards.ShardWriter.add
+from topk_megatron.hf import safetensors
+original = safetensors.ShardWriter.add
 def add(self, name, tensor):
     original(self, name, tensor)
     print("WRITING", flush=True)
     time.sleep(1)
-shards.ShardWriter.add = add
+safetensors.ShardWriter.add = add
 import runpy
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -287,7 +287,7 @@ def test_small_shards_give_the_same_tensors_and_an_index(checkpoint: Path, tmp_p
     export_checkpoint(checkpoint, tmp_path / "one", ExportSettings())
     export_checkpoint(checkpoint, tmp_path / "many", ExportSettings(shard_size=20_000))
     whole = load_file(tmp_path / "one" / "model.safetensors")
-    index = json.loads((tmp_path / "many" / shards.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / safetensors.INDEX).read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 3
     assert set(index["weight_map"]) == set(whole)

@@ -51,8 +51,8 @@ def test_a_pushed_neuron_writes_what_the_model_writes_when_it_is_pushed(folder: 
     [
         (["--neuron", "7:3", "--set", "1"], "layer 7 has no TopK at the residual site"),
         (["--neuron", "1:64", "--ablate"], "neuron must be in [0, 63], got 64"),
-        (["--neuron", "1.5", "--set", "1"], "belong together; got --neuron 1.5, set"),
-        (["--neuron", "1:3"], "nothing to do with it"),
+        (["--neuron", "1.5", "--set", "1"], "belong together; got --neuron 1.5 and set"),
+        (["--neuron", "1:3"], "no operation"),
         (["--tokens", "64"], "must be at most 64"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The tools that analysts use open an exported folder as it is."""
+"""The tools that analysts use open an exported folder unchanged."""
 
 from pathlib import Path
 from typing import Any

@@ -186,7 +186,7 @@ def test_embeddings_in_place_of_tokens_can_be_steered_at_positions_only() -> Non
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"layer": 2}, "layer 2 has no TopK at the residual site; those that have: 0, 1"),
+        ({"layer": 2}, "layer 2 has no TopK at the residual site; layers that have one: 0, 1"),
         ({"layer": 0, "site": "mlp"}, "none: the model is dense there"),
         ({"neuron": 64}, r"neuron must be in \[0, 63\], got 64"),
         ({"op": "push"}, "op must be one of set, add, scale, ablate, got 'push'"),
@@ -205,9 +205,9 @@ def test_wrong_interventions_are_refused(change: dict[str, Any], complaint: str)
 def test_layers_that_were_not_recorded_are_named() -> None:
     model = make_model()
     with model.sparse_states([1]) as states:
-        with pytest.raises(KeyError, match="nothing has passed yet"):
+        with pytest.raises(KeyError, match="has no recording yet"):
             states[1]
-        with pytest.raises(KeyError, match=r"layer 0 was not recorded; recorded are \[1\]"):
+        with pytest.raises(KeyError, match=r"layer 0 was not recorded; recorded layers are \[1\]"):
             states[0]
     with pytest.raises(ValueError, match="layer 5 has no TopK"), model.sparse_states([5]):
         pass

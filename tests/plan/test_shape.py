@@ -71,6 +71,7 @@ def test_operations_of_a_layer_are_twice_its_matrices_and_half_of_full_attention
     ("flags", "complaint"),
     [
         (["--num-experts", "8"], "--num-experts is not planned for"),
+        (["--hybrid-layer-pattern", "M*-"], "--hybrid-layer-pattern is not planned for"),
         (["--context-parallel-size=2"], "--context-parallel-size is not planned for"),
         (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
         (["--num-layers", "many"], "argument --num-layers: invalid int value: 'many'"),

@@ -71,11 +71,11 @@ def test_we_count_documents_as_megatron_does(dataset: Path) -> None:
 def test_cut_off_files_are_named(tmp_path: Path) -> None:
     prefix = made_dataset(tmp_path / "a", 5)
     (tmp_path / "a.bin").write_bytes(b"\0" * 9)
-    with pytest.raises(DataError, match="has 9 bytes, its index tells of 10"):
+    with pytest.raises(DataError, match="has 9 bytes where its index says 10"):
         count_documents(prefix)
     index = (tmp_path / "a.idx").read_bytes()
     (tmp_path / "a.idx").write_bytes(index[:-20])
-    with pytest.raises(DataError, match="cut off or damaged"):
+    with pytest.raises(DataError, match="damaged or shorter than its header says"):
         count_documents(prefix)
 
 

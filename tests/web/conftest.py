@@ -12,7 +12,7 @@ import pytest
 
 from tests.analysis.conftest import HIDDEN, VOCAB, make_model, make_tokenizer
 from tests.analysis.studies import Invention
-from topk_megatron.analysis.folder import Folder, open_folder
+from topk_megatron.hf.model import OpenModel, open_model
 from topk_megatron.web.explorer.app import make_app
 from topk_megatron.web.explorer.engine import Engine, open_engine
 
@@ -20,16 +20,16 @@ HOSTILE = "<script>window.hacked=1</script>"
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A TopK LM with H = 32, k = 4 at layers 0 and 1 of 3; one of its tokens is markup."""
     path = make_model(tmp_path_factory.mktemp("model"), layers=(0, 1), seed=4, iteration=200)
     words = [f"word{number}" for number in range(3, VOCAB)]
     make_tokenizer(path, ["<unk>", "</s>", HOSTILE, *words])
-    return open_folder(path)
+    return open_model(path)
 
 
 @pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory, folder: Folder) -> Path:
+def study(tmp_path_factory: pytest.TempPathFactory, folder: OpenModel) -> Path:
     """Cards for layer 0 of that model."""
     path = tmp_path_factory.mktemp("study")
     invention = Invention(path, layers=1, width=HIDDEN, vocab=VOCAB, model=folder.path)
@@ -42,7 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, folder: Folder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(folder: Folder, study: Path) -> Engine:
+def engine(folder: OpenModel, study: Path) -> Engine:
     """The engine of both."""
     return open_engine(folder, study, None)
 

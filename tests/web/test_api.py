@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.analysis.conftest import make_model
-from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel, open_model
 from topk_megatron.web.explorer.app import make_app
 from topk_megatron.web.explorer.command import main
 from topk_megatron.web.explorer.engine import Engine, open_engine
@@ -30,12 +30,12 @@ def client(engine: Engine) -> Any:
     return TestClient(make_app(engine), base_url="http://127.0.0.1:8765")
 
 
-def ids(folder: Folder) -> torch.Tensor:
+def ids(folder: OpenModel) -> torch.Tensor:
     return folder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
 
 
 def test_reading_shows_the_strongest_neurons_of_the_sparse_state(
-    client: Any, folder: Folder
+    client: Any, folder: OpenModel
 ) -> None:
     answer = client.post("/api/read", json={"prompt": PROMPT}).json()
     assert answer["tokens"] == ids(folder)[0].tolist()
@@ -49,7 +49,7 @@ def test_reading_shows_the_strongest_neurons_of_the_sparse_state(
             assert [abs(v) for _, v in found] == sorted((abs(v) for _, v in found), reverse=True)
 
 
-def test_neuron_has_its_values_and_its_card_of_the_study(client: Any, folder: Folder) -> None:
+def test_neuron_has_its_values_and_its_card_of_the_study(client: Any, folder: OpenModel) -> None:
     answer = client.post("/api/neuron", json={"prompt": PROMPT, "layer": 0, "neuron": 3}).json()
     hidden = folder.model(ids(folder), output_hidden_states=True).hidden_states[1][0, :, 3]
     torch.testing.assert_close(torch.tensor(answer["values"]), hidden)
@@ -63,7 +63,7 @@ def test_neuron_has_its_values_and_its_card_of_the_study(client: Any, folder: Fo
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_steering_equals_the_models_own_intervention(
-    client: Any, folder: Folder, temperature: float
+    client: Any, folder: OpenModel, temperature: float
 ) -> None:
     from topk_megatron.hf.modeling.modeling_topk import Intervention
 
@@ -202,12 +202,12 @@ def test_failure_of_the_model_is_an_answer_and_not_a_trace(
 
 
 def test_models_that_cannot_be_explored_are_refused(
-    tmp_path: Path, folder: Folder, study: Path
+    tmp_path: Path, folder: OpenModel, study: Path
 ) -> None:
     dense = make_model(tmp_path / "dense", layers=(), seed=5)
     with pytest.raises(AnalysisError, match="no TopK layers to explore"):
-        open_engine(open_folder(dense), None, None)
-    other = open_folder(make_model(tmp_path / "other", layers=(0,), seed=6))
+        open_engine(open_model(dense), None, None)
+    other = open_model(make_model(tmp_path / "other", layers=(0,), seed=6))
     with pytest.raises(AnalysisError, match="has no run that was recorded from the model"):
         open_engine(other, study, None)
     with pytest.raises(AnalysisError, match="was recorded from another model"):

@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 
 from topk_megatron.errors import DataError
-from topk_megatron.files import read_object
+from topk_megatron.files import read_object, sha256_of
+from topk_megatron.text.indexed import read_index
 from topk_megatron.text.sources import read_texts
 
-_INDEX_HEADER = b"MMIDIDX\x00\x00"
-_INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HASH_CHUNK = 1 << 22
-# The fixed part of an .idx file: header, version, dtype code, numbers of sequences and documents.
-_INDEX_FIXED_BYTES = 9 + 8 + 1 + 8 + 8
 # A piece that stands for one byte.
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -116,19 +113,21 @@ def check_tokenizer(corpus: Corpus, folder: Path, vocab_size: int) -> None:
             f"{folder} has tokens 0 to {vocab_size - 1}; use the tokenizer that it was trained with"
         )
     model = folder / "tokenizer.model"
-    if corpus.tokenizer_sha256 and model.is_file():
-        found = hashlib.sha256(model.read_bytes()).hexdigest()
-        if found != corpus.tokenizer_sha256:
-            raise DataError(
-                f"the tokenizer does not fit: {corpus.path} was made with another tokenizer than "
-                f"{model}; tokenize the text again with that one"
-            )
+    expected = corpus.tokenizer_sha256
+    if expected and model.is_file() and sha256_of(model) != expected:
+        raise DataError(
+            f"the tokenizer does not fit: {corpus.path} was made with another tokenizer than "
+            f"{model}; tokenize the text again with that one"
+        )
 
 
 def _open_megatron(prefix: str) -> Corpus:
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
-        dtype, lengths, pointers, documents = _read_index(index)
+        found = read_index(index)
+        dtype, lengths = found.dtype, found.lengths
+        if dtype.kind not in "iu":
+            raise DataError(f"{index} holds data of type {dtype}; token ids are integers")
         if not data.exists():
             raise DataError(f"{data} is missing next to {index}")
         total = int(lengths.sum())
@@ -144,27 +143,9 @@ def _open_megatron(prefix: str) -> Corpus:
             raise
         raise DataError(f"cannot read the dataset {prefix}: {error}") from error
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
+    if not np.array_equal(found.offsets, ends[:-1] * dtype.itemsize):
         raise DataError(f"the sequences of {index} do not follow one another in {data}")
-    return Corpus(prefix, "megatron", tokens[:total], ends[documents], _made_with(prefix))
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the token dtype, sequence lengths int32, byte offsets and document starts int64."""
-    raw = path.read_bytes()
-    if not raw.startswith(_INDEX_HEADER) or len(raw) < _INDEX_FIXED_BYTES:
-        raise DataError(f"{path} is not a Megatron index (.idx)")
-    code = raw[17]
-    if code not in _INDEX_DTYPES:
-        raise DataError(f"{path} holds data of type code {code}; token ids are integers")
-    sequences, documents = np.frombuffer(raw, "<u8", count=2, offset=18).astype(int)
-    offset = _INDEX_FIXED_BYTES
-    if len(raw) < offset + 12 * sequences + 8 * documents:
-        raise DataError(f"{path} is shorter than its header says; it is damaged or half copied")
-    lengths = np.frombuffer(raw, "<i4", count=sequences, offset=offset)
-    pointers = np.frombuffer(raw, "<i8", count=sequences, offset=offset + 4 * sequences)
-    starts = np.frombuffer(raw, "<i8", count=documents, offset=offset + 12 * sequences)
-    return np.dtype(_INDEX_DTYPES[code]), lengths, pointers, starts
+    return Corpus(prefix, "megatron", tokens[:total], ends[found.documents], _made_with(prefix))
 
 
 def _made_with(prefix: str) -> str | None:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.config import parse_layers
 from topk_megatron.errors import AnalysisError, CheckpointError
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits
 
 # By layer, the values [T, K] float32 and the neurons [T, K] of any integer type.
@@ -39,7 +39,7 @@ class ActivationSource(Protocol):
     """
 
     kind: str
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     width: int
     k: int
@@ -55,7 +55,7 @@ class ActivationSource(Protocol):
 class TopKSource:
     """A TopK LM: the states that pass its own TopK."""
 
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     kind: str = "topk"
     sae: dict[str, Any] | None = None
@@ -80,7 +80,7 @@ class TopKSource:
 class DenseSource:
     """A dense LM: the k largest of each hidden state, by the TopK LM's rule and operator."""
 
-    folder: Folder
+    folder: OpenModel
     layers: tuple[int, ...]
     k: int
     mode: str = "value"
@@ -111,7 +111,7 @@ class SAESource:
     kind: str = "sae"
     mode: str = "value"
 
-    def __init__(self, folder: Folder, saes: dict[int, Any], described: dict[str, Any]) -> None:
+    def __init__(self, folder: OpenModel, saes: dict[int, Any], described: dict[str, Any]) -> None:
         self.folder, self.saes = folder, saes
         self.sae: dict[str, Any] | None = described
         self.layers = tuple(sorted(saes))
@@ -150,7 +150,7 @@ def select(x_TN: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
     return values.float(), indices
 
 
-def choose_layers(folder: Folder, text: str | None) -> tuple[int, ...]:
+def choose_layers(folder: OpenModel, text: str | None) -> tuple[int, ...]:
     """Return the layers to record: those asked for, else the TopK ones, else all but the last two.
 
     Raises:
@@ -174,7 +174,7 @@ def choose_layers(folder: Folder, text: str | None) -> tuple[int, ...]:
 
 
 def make_source(
-    folder: Folder,
+    folder: OpenModel,
     *,
     layers: str | None = None,
     k: int | None = None,

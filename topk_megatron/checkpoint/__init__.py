@@ -1,1 +1,1 @@
-"""Megatron's torch_dist checkpoints: finding, reading and writing them, and the one way in."""
+"""Megatron's torch_dist checkpoints: find, read and write them, without running their code."""

@@ -1,13 +1,12 @@
-"""Which checkpoint of a directory is whole, and what is wrong with one that only looks so.
+"""Finds the checkpoint of a directory that can be loaded, and the damage of those that cannot.
 
-Megatron's torch_dist checkpoint is complete when ``.metadata`` and ``metadata.json`` are there: the
-last is written after every rank has finished. The tracker file
-``latest_checkpointed_iteration.txt`` is rewritten in place, so that a kill can leave it empty.
+Megatron's torch_dist checkpoint is complete when it has ``.metadata`` and ``metadata.json``, which
+is written after every rank has finished. The tracker file ``latest_checkpointed_iteration.txt`` is
+rewritten in place, so that a kill can leave it empty.
 
-Damage is looked for at two prices. The index of a checkpoint says which bytes of which file each
-tensor is in, so that a file that is missing or cut short is found from sizes alone. Bits that
-changed inside a file are found only by its hash, which ``--verify-integrity`` writes on saving and
-reads on loading.
+There are two searches for damage. The quick one compares file sizes with the checkpoint's index,
+which says in which bytes of which file each tensor is. Changed bits inside a file are found only by
+its hash, which ``--verify-integrity`` writes on saving and reads on loading.
 """
 
 import os
@@ -25,18 +24,18 @@ _PARTS = (".metadata", "metadata.json")
 def find_checkpoint(
     load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
 ) -> Path | None:
-    """The torch_dist checkpoint that Megatron will load from `load`, or None.
+    """Return the torch_dist checkpoint that Megatron will load from `load`, or None.
 
     Args:
-        load: directory given as ``--load``.
-        step: iteration asked for by ``--ckpt-step``; None is the latest.
-        write: repair the tracker when it names no complete checkpoint. One rank does it; all ranks
-            come to the same answer whether or not it is done already.
-        hashes: also compare the bytes of the latest checkpoint with their recorded hashes.
+        load: the directory given as ``--load``.
+        step: the iteration given as ``--ckpt-step``; None is the latest.
+        write: whether to repair a tracker that names no complete checkpoint. One rank does it; all
+            ranks find the same checkpoint before and after the repair.
+        hashes: whether to compare the bytes of the latest checkpoint with their recorded hashes.
 
     Raises:
-        CheckpointError: `step` names a checkpoint that is missing, incomplete or damaged, or no
-            checkpoint of `load` is whole although it has some.
+        CheckpointError: checkpoint `step` is missing, incomplete or damaged, or `load` has
+            checkpoints and none of them is intact.
     """
     complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
     if step is not None:
@@ -58,7 +57,7 @@ def find_checkpoint(
             return None  # killed during its very first save: there is nothing to resume from
         raise CheckpointError(
             f"{load} has no complete checkpoint (the tracker names iteration {tracked}); give "
-            "another --load, or none to start anew"
+            "another --load, or none to start from scratch"
         )
     return _latest_whole(load, complete, tracked, write=write, hashes=hashes)
 
@@ -66,7 +65,7 @@ def find_checkpoint(
 def _latest_whole(
     load: Path, complete: dict[int, Path], tracked: Any, *, write: bool, hashes: bool
 ) -> Path:
-    """The tracked checkpoint, or the latest before it that is not damaged; says why not."""
+    """Return the tracked checkpoint, or the latest undamaged one before it."""
     reason = "names nothing" if tracked is None else f"names iteration {tracked}, which is "
     if tracked in complete:
         candidates = [number for number in complete if number <= tracked]
@@ -87,12 +86,12 @@ def _latest_whole(
         return complete[number]
     raise CheckpointError(
         f"no checkpoint in {load} can be loaded: {load / TRACKER} {reason}; give another --load, "
-        "or none to start anew"
+        "or none to start from scratch"
     )
 
 
 def iterations(load: Path) -> dict[int, Path]:
-    """Checkpoint directories of `load` by iteration, complete or not."""
+    """Return the checkpoint directories of `load` by iteration, complete or not."""
     found = {}
     for path in load.glob("iter_*"):
         if (match := re.fullmatch(r"iter_(\d+)", path.name)) and path.is_dir():
@@ -120,7 +119,7 @@ def _read_tracker(load: Path) -> int | str | None:
 
 
 def names_release(load: Path) -> bool:
-    """Whether the tracker names a release, a checkpoint without an iteration."""
+    """Whether the tracker names a release, which is a checkpoint without an iteration."""
     return _read_tracker(load) == "release"
 
 
@@ -140,10 +139,10 @@ def find_damage(directory: Path, *, hashes: bool = False) -> str | None:
 
     Args:
         directory: a complete torch_dist checkpoint.
-        hashes: also read every byte and compare it with the recorded SHA-256, if there is one.
+        hashes: whether to compare every file with its recorded SHA-256, if there is one.
 
     Raises:
-        UnsafeCheckpointError: its index would run code; that is not damage to step around.
+        UnsafeCheckpointError: its index would run code, which is not damage to step around.
     """
     try:
         damage = missing_bytes(directory, read_index_of(directory))

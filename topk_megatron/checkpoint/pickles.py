@@ -1,17 +1,17 @@
 """Opens the pickles of a checkpoint without running code from them.
 
-A torch_dist checkpoint holds pickles in two places: its index, ``.metadata``, and the objects
-beside the tensors (arguments, generator states). Unpickling calls whatever a pickle names, so that
-a checkpoint from elsewhere could run anything. Three rules prevent that:
+A torch_dist checkpoint holds pickles in two places: its index, ``.metadata``, and the objects that
+are not tensors (arguments, generator states). Unpickling calls whatever a pickle names, so that a
+checkpoint from elsewhere could run anything. Three rules prevent that:
 
-- the index is read with an explicit list of the classes that torch writes into it, and each class
-  is handed out behind a seal: a pickle can make instances, but it cannot change the class;
-- objects are read by torch's own restricted unpickler (``weights_only``); classes of Megatron that
-  this process has not imported come back as a `StandIn`, which is never looked up;
-- before Megatron's loader, which unpickles freely, may open a checkpoint, `check_object` compares
-  every name in every object with an explicit list.
+- the index is read with an explicit list of the classes that torch writes into it. Each class is
+  sealed: a pickle can create instances, but cannot change the class;
+- objects are read by torch's own restricted unpickler (``weights_only``). A class of Megatron that
+  this process has not imported is not looked up; a `StandIn` takes its place;
+- Megatron's loader unpickles freely. Before it opens a checkpoint, `check_object` compares every
+  name in every object with an explicit list.
 
-No list names a module as a whole: a module holds functions too, and one such function is enough.
+No list names a whole module: modules hold functions too, and one such function is enough.
 """
 
 import functools
@@ -48,9 +48,9 @@ _INDEX_CLASSES: tuple[Any, ...] = (
     *([planner.BytesIOWriteData] if hasattr(planner, "BytesIOWriteData") else []),
 )
 _PLAIN = {"argparse.Namespace": Namespace, "types.SimpleNamespace": SimpleNamespace}
-# Packages whose classes may stand in a checkpoint's arguments (enums, dtypes' holders, paths).
+# Packages with classes that a checkpoint's arguments may hold (enums, holders of dtypes, paths).
 _STOOD_IN = ("megatron", "signal", "enum", "pathlib", "transformer_engine")
-# What Megatron 0.19 and Transformer Engine put into a checkpoint's objects, beside torch's own
+# What Megatron 0.19 and Transformer Engine put into a checkpoint's objects, besides torch's own
 # tensors (megatron/core/safe_globals.py is Megatron's list of the same).
 _OBJECT_NAMES = frozenset(
     {
@@ -83,13 +83,13 @@ _OBJECT_NAMES = frozenset(
         "types.SimpleNamespace",
     }
 )
-# Opcodes that name a class in a way that a look at the pickle alone cannot follow. torch.save
-# writes protocol 2, which has none of them.
+# Opcodes that name a class in a way that cannot be followed without unpickling. torch.save writes
+# protocol 2, which has none of them.
 _UNREADABLE = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
 
 
 class StandIn:
-    """Holds the state of an object whose class is not looked up, such as an enum of Megatron's."""
+    """Holds the state of an object without looking up its class, such as an enum of Megatron."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -103,7 +103,7 @@ def read_index(path: Path) -> Metadata:
 
     Raises:
         UnsafeCheckpointError: it names something that no index holds.
-        Exception: whatever a damaged pickle raises.
+        Exception: the pickle is damaged; any class is possible.
     """
     with path.open("rb") as file:
         index = _IndexUnpickler(file, path).load()
@@ -113,7 +113,7 @@ def read_index(path: Path) -> Metadata:
 
 
 def _is_sound(index: Metadata) -> bool:
-    """Whether the parts that are read have the types that torch gives them."""
+    """Whether the parts that we read have the types that torch gives them."""
     entries = getattr(index, "state_dict_metadata", None)
     places = getattr(index, "storage_data", None)
     if not isinstance(entries, dict) or not isinstance(places, dict) or not places:
@@ -133,7 +133,7 @@ class _IndexUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Sealed classes of the list, dtypes, sizes, layouts and paths; nothing else."""
+        """Return sealed classes of the list, dtypes, sizes, layouts and paths; nothing else."""
         found = _index_names().get((module, name))
         if found is None:
             raise _unsafe(f"{module}.{name}", str(self._path))
@@ -159,7 +159,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _layout(name: str) -> torch.layout:
-    """As torch's function of that name; ours, so that a pickle cannot reach torch's."""
+    """Do what torch's function of that name does, so that a pickle cannot reach torch's."""
     layout = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(layout, torch.layout):
         raise pickle.UnpicklingError(f"it names the layout {name}")
@@ -171,10 +171,10 @@ def _path(*parts: str) -> Path:
 
 
 class _Sealed(type):
-    """A class that makes instances of another one, and that a pickle cannot change.
+    """A class that creates instances of another one, and that a pickle cannot change.
 
-    The BUILD opcode sets attributes on whatever it is given; given a class, it would change that
-    class for the whole process.
+    The BUILD opcode sets attributes of any object. On a class it would change that class for the
+    whole process.
     """
 
     def __new__(cls, original: Any) -> "_Sealed":
@@ -195,7 +195,7 @@ def read_object(content: bytes, source: str) -> Any:
 
     Args:
         content: the bytes.
-        source: what they are, for the error.
+        source: where they are from, for the error.
 
     Raises:
         UnsafeCheckpointError: the object names something beyond tensors and plain classes.
@@ -217,10 +217,10 @@ def check_object(content: bytes, source: str) -> None:
     """Compare every name in an object with the list, without unpickling anything.
 
     Raises:
-        UnsafeCheckpointError: a name that is not on the list, or a form that hides names.
+        UnsafeCheckpointError: a name is not on the list, or the pickle hides its names.
         RuntimeError, ValueError: the bytes are damaged.
     """
-    # torch's own reader, and not zipfile: the two could take different records of one name.
+    # torch's own reader and not zipfile: the two could read different records of one name.
     archive: Any = torch._C.PyTorchFileReader(io.BytesIO(content))
     if archive.has_record("constants.pkl"):
         raise _unsafe("a TorchScript program", source)
@@ -235,7 +235,7 @@ def check_object(content: bytes, source: str) -> None:
 
 
 def _torch_names() -> set[str]:
-    """What torch's restricted unpickler takes without being asked: tensors, storages, dtypes."""
+    """Return what torch's restricted unpickler always accepts: tensors, storages, dtypes."""
     from torch import _weights_only_unpickler
 
     return set(_weights_only_unpickler._get_allowed_globals())
@@ -243,6 +243,6 @@ def _torch_names() -> set[str]:
 
 def _unsafe(name: str, source: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
-        f"{source} names {name}, which no checkpoint of Megatron holds; opening it could run code, "
-        "so it was not opened"
+        f"{source} names {name}, which no checkpoint of Megatron holds; it was not opened, because "
+        "that could run code"
     )

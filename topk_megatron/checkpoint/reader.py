@@ -1,8 +1,8 @@
 """Reads Megatron's torch_dist checkpoints of any layout, slice by slice, without Megatron.
 
-A checkpoint holds global tensors cut into chunks as the ranks had them; `CheckpointReader.read`
-assembles one slice (a layer of a stacked tensor, an expert) from the chunks it overlaps, so that no
-more than that slice and one chunk are in memory. Every pickle is opened by
+A checkpoint holds global tensors in chunks, as the ranks had them. `CheckpointReader.read` builds
+one slice (a layer of a stacked tensor, an expert) from the chunks that it overlaps, so that only
+that slice and one chunk are in memory. Every pickle is opened by
 `topk_megatron.checkpoint.pickles`: a checkpoint from elsewhere cannot run code.
 """
 
@@ -29,27 +29,27 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from topk_megatron.checkpoint.pickles import check_object, read_index, read_object
 from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
 
-# The object in which Megatron keeps what it saves once: arguments, iteration, schedule.
+# The object that Megatron saves once: arguments, iteration, schedule.
 COMMON_KEY = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
 
 
 class CheckpointReader:
-    """One iteration of a torch_dist checkpoint, opened.
+    """One iteration of a torch_dist checkpoint, open for reading.
 
     Attributes:
         directory: ``…/iter_0000100``.
         tensors: shape and dtype of each global tensor, by key.
         others: keys of objects that are not tensors.
-        common: what Megatron saves once: arguments, iteration, schedule.
+        common: the object that Megatron saves once: arguments, iteration, schedule.
         args: the arguments of the run that wrote it.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Read the index and check that every file that it names is there and long enough.
+        """Read the index, and check that every file in it exists and is long enough.
 
         Raises:
-            CheckpointError: not a checkpoint of this kind, or damaged.
+            CheckpointError: it is not a checkpoint of this kind, or it is damaged.
         """
         self.directory = directory
         self._metadata = read_index_of(directory)
@@ -58,7 +58,7 @@ class CheckpointReader:
         self.others = [k for k, v in entries.items() if isinstance(v, BytesStorageMetadata)]
         if (damage := missing_bytes(directory, self._metadata)) is not None:
             raise CheckpointError(
-                f"{directory} is not whole: {damage}; copy it again, or choose another --iteration"
+                f"{directory} is damaged: {damage}; copy it again, or choose another --iteration"
             )
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -72,10 +72,10 @@ class CheckpointReader:
         self.args = args
 
     def read(self, key: str, lead: tuple[int, ...] = ()) -> Tensor:
-        """One slice of a tensor: index `lead` in its first dimensions, all of the others.
+        """Read one slice of a tensor: index `lead` in its first dimensions, all of the others.
 
         Raises:
-            CheckpointError: the slice cannot be read, or is not covered by the stored chunks.
+            CheckpointError: the slice cannot be read, or the stored chunks do not cover it.
         """
         stored = self.tensors[key]
         rest = stored.size[len(lead) :]
@@ -84,8 +84,8 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(key, stored, [chunk])
         if sum(item.lengths.numel() for item in items) != chunk.sizes.numel():
             raise CheckpointError(
-                f"{self.directory} lacks a part of {key}{list(lead) or ''}; it is damaged or was "
-                "not written to its end"
+                f"{self.directory} lacks a part of {key}{list(lead) or ''}; it is damaged or its "
+                "writing was interrupted"
             )
         planner = _SlicePlanner(torch.empty(chunk.sizes, dtype=stored.properties.dtype))
         self._run(items, planner, key)
@@ -126,7 +126,7 @@ class CheckpointReader:
         return common
 
     def read_bytes(self, key: str) -> bytes:
-        """The bytes of an object that is not a tensor, unopened."""
+        """Return the bytes of an object that is not a tensor, without opening it."""
         planner = _SlicePlanner(torch.empty(0))
         none = torch.Size([0])
         index = MetadataIndex(key)
@@ -158,7 +158,7 @@ class _SlicePlanner(DefaultLoadPlanner):
         self.content = io.BytesIO()
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the target that this chunk fills."""
+        """Return the part of the target that this chunk fills."""
         view = self.target
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
@@ -167,18 +167,18 @@ class _SlicePlanner(DefaultLoadPlanner):
         return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: the reader copied into the target itself."""
+        """Do nothing: the reader copied into the target itself."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Keep what is not a tensor."""
+        """Keep the bytes of an object that is not a tensor."""
         self.content = value
 
 
 def read_index_of(directory: Path) -> Metadata:
-    """The index of a torch_dist checkpoint.
+    """Read the index of a torch_dist checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: the index is missing or cannot be read.
     """
     path = directory / ".metadata"
     if not path.is_file():
@@ -193,7 +193,7 @@ def read_index_of(directory: Path) -> Metadata:
 
 
 def missing_bytes(directory: Path, index: Metadata) -> str | None:
-    """What the files of a checkpoint lack of what its index says, or None.
+    """Describe the first file that is missing or shorter than the index says, or return None.
 
     Raises:
         UnsafeCheckpointError: the index names a file outside the checkpoint.

@@ -1,4 +1,4 @@
-"""Writes torch_dist checkpoints that Megatron loads in any layout, a tensor at a time in memory."""
+"""Writes torch_dist checkpoints that Megatron loads in any layout, one tensor at a time."""
 
 import io
 import json
@@ -32,14 +32,14 @@ from topk_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a global tensor, and how to get it.
+    """A part of a global tensor, and how to load it.
 
     Attributes:
-        key: of the global tensor.
-        size: of the global tensor.
-        lead: indices of the part in the first dimensions; it has all of the others.
-        dtype: of the tensor.
-        load: gives the part, without the leading dimensions.
+        key: key of the global tensor.
+        size: shape of the global tensor.
+        lead: indices of the part in the first dimensions; the part has all of the others.
+        dtype: dtype of the tensor.
+        load: returns the part, without the leading dimensions.
     """
 
     key: str
@@ -50,31 +50,31 @@ class Chunk:
 
     @property
     def offsets(self) -> torch.Size:
-        """Where the part begins."""
+        """Where the part begins in the global tensor."""
         return torch.Size([*self.lead, *([0] * (len(self.size) - len(self.lead)))])
 
     @property
     def sizes(self) -> torch.Size:
-        """Of the part, leading dimensions of 1 included."""
+        """The shape of the part, with leading dimensions of 1."""
         return torch.Size([*([1] * len(self.lead)), *self.size[len(self.lead) :]])
 
 
 def write_torch_dist(
     directory: Path, chunks: list[Chunk], common: dict[str, Any], empty_objects: list[str]
 ) -> None:
-    """Write one iteration; ``metadata.json``, which makes it complete, comes last.
+    """Write one iteration, ``metadata.json`` last, which makes it complete.
 
     Args:
-        directory: ``…/iter_0000100``; made here.
+        directory: ``…/iter_0000100``, which must not exist.
         chunks: the weights.
-        common: what Megatron saves once: arguments, iteration.
-        empty_objects: keys of objects that Megatron asks for and that hold nothing.
+        common: the object that Megatron saves once: arguments, iteration.
+        empty_objects: keys of objects that Megatron expects and that hold nothing.
     """
     directory.mkdir(parents=True)
     objects = {COMMON_KEY: common, **dict.fromkeys(empty_objects)}
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     with warnings.catch_warnings():
-        # One process is what is meant.
+        # One process is intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             planner = _Planner(chunks, objects)
@@ -86,7 +86,7 @@ def write_torch_dist(
 
 
 def _reason(error: CheckpointException) -> BaseException:
-    """What was at the root of it: a user's mistake or the operating system's word."""
+    """Return the root cause: a user's mistake or an error of the operating system."""
     found: BaseException | None = next(iter(error.failures.values()))[0]
     last = found
     while found is not None:
@@ -97,7 +97,7 @@ def _reason(error: CheckpointException) -> BaseException:
 
 
 class _Planner(DefaultSavePlanner):
-    """Lists the chunks, and loads each when its turn to be written comes."""
+    """Lists the chunks, and loads each one only when it is written."""
 
     def __init__(self, chunks: list[Chunk], objects: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -106,14 +106,14 @@ class _Planner(DefaultSavePlanner):
         self._objects = objects
 
     def create_local_plan(self) -> SavePlan:
-        """All chunks and objects, in order."""
+        """Plan all chunks and objects, in order."""
         items = [_write_item(chunk) for chunk in self._chunks.values()]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         self.plan = SavePlan(items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """A chunk's tensor, or an object pickled as Megatron does it."""
+        """Return a chunk's tensor, or an object pickled as Megatron does it."""
         key = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
             content = io.BytesIO()

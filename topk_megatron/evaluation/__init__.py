@@ -1,1 +1,1 @@
-"""How good an exported model is: perplexity on text, and the tasks of lm-evaluation-harness."""
+"""Measures exported models: perplexity on text, and tasks of lm-evaluation-harness."""

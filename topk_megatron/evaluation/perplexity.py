@@ -1,10 +1,11 @@
 """Perplexity on held-out text.
 
 In every document the model reads windows of `context` tokens, each `stride` tokens after the one
-before, and predicts the next token at each place; a window scores what no earlier one has scored.
-So each token of a document but its first is predicted exactly once, from at most `context` tokens
-before it and, past the first window, at least context - stride + 1. stride = context is what
-training sees; a smaller stride is kinder and slower.
+before, and predicts the next token at each position. A window scores only the tokens that no
+earlier window has scored. Every token of a document except the first is therefore predicted exactly
+once, from at most `context` preceding tokens and, after the first window, from at least
+context - stride + 1. Training sees stride = context; a smaller stride gives a lower loss and takes
+longer.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
-from topk_megatron.evaluation.model import OpenModel
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.text.sources import read_texts
 
 _RESAMPLES = 1000
@@ -24,8 +25,8 @@ class Window:
     """A stretch of one document.
 
     Attributes:
-        tokens: what the model reads, and one token more to predict.
-        scored: how many of the last tokens are scored here.
+        tokens: the tokens that the model reads, and one more to predict.
+        scored: how many of the last tokens this window scores.
     """
 
     tokens: list[int]
@@ -34,16 +35,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The result, all losses natural.
+    """The measured perplexity.
 
     Attributes:
-        loss: nats a token.
+        loss: nats per token.
         low: lower end of the 95 % interval of the loss, from resampling windows.
-        high: its upper end.
-        perplexity: e to the loss.
-        bits_per_byte: of the UTF-8 text, comparable between tokenizers.
-        tokens: tokens that were predicted.
-        documents: documents read.
+        high: upper end of that interval.
+        perplexity: e to the power of the loss.
+        bits_per_byte: loss per byte of UTF-8 text, comparable between tokenizers.
+        tokens: number of predicted tokens.
+        documents: number of documents read.
     """
 
     loss: float
@@ -56,7 +57,7 @@ class Perplexity:
 
 
 def windows(tokens: list[int], context: int, stride: int) -> Iterator[Window]:
-    """Cut a document; see the module's text."""
+    """Cut a document into windows, as the module's docstring says."""
     scored_to = 1  # the first token has nothing before it
     for begin in range(0, max(len(tokens) - 1, 0), stride):
         end = min(begin + context + 1, len(tokens))
@@ -67,10 +68,10 @@ def windows(tokens: list[int], context: int, stride: int) -> Iterator[Window]:
 
 
 def read_documents(patterns: list[str], json_key: str = "text") -> list[str]:
-    """Texts of files and globs (.txt, .md, .jsonl, compressed or not).
+    """Read the texts of files and globs (.txt, .md, .jsonl, compressed or not).
 
     Raises:
-        DataError: nothing matches, a bad line, or no text in it.
+        DataError: nothing matches, a line is bad, or there is no text.
     """
     texts = [text for text in read_texts(patterns, json_key) if text.strip()]
     if not texts:
@@ -79,15 +80,16 @@ def read_documents(patterns: list[str], json_key: str = "text") -> list[str]:
 
 
 def perplexity(opened: OpenModel, texts: list[str], **options: Any) -> Perplexity:
-    """Score texts.
+    """Measure the perplexity of a model on texts.
 
     Args:
         opened: model and tokenizer.
         texts: documents.
-        options: of `window_losses`.
+        options: keyword arguments of `window_losses`.
 
     Raises:
-        ConfigError, DataError: as `window_losses`.
+        ConfigError: as `window_losses`.
+        DataError: as `window_losses`.
     """
     losses, counts = window_losses(opened, texts, **options)
     total = sum(losses) / sum(counts)
@@ -113,21 +115,21 @@ def window_losses(
     batch_size: int = 8,
     progress: Any = None,
 ) -> tuple[list[float], list[int]]:
-    """Loss of every window: the pieces that models on the same text are compared by.
+    """Measure the loss of every window, by which models are compared on the same text.
 
     Args:
         opened: model and tokenizer.
         texts: documents.
-        context: tokens of a window; None is what the model was trained with.
-        stride: tokens between windows; None is the context.
-        batch_size: windows a forward pass.
-        progress: wraps the list of batches, such as tqdm.
+        context: tokens per window; None is the length that the model was trained with.
+        stride: tokens between the starts of windows; None is the context.
+        batch_size: windows per forward pass.
+        progress: a wrapper for the list of batches, such as tqdm.
 
     Returns:
-        Sum of losses (nats) and number of scored tokens of each window, in the order of the text.
+        The sum of losses (nats) and the number of scored tokens of each window, in text order.
 
     Raises:
-        ConfigError: context or stride out of range.
+        ConfigError: context or stride is out of range.
         DataError: no document has two tokens.
     """
     context, stride = _check(opened, context, stride)
@@ -139,10 +141,10 @@ def window_losses(
 
 
 def _check(opened: OpenModel, context: int | None, stride: int | None) -> tuple[int, int]:
-    context = opened.context if context is None else context
-    if not 1 <= context <= opened.context:
+    context = opened.max_length if context is None else context
+    if not 1 <= context <= opened.max_length:
         raise ConfigError(
-            f"--context must be in [1, {opened.context}] for {opened.name}, got {context}"
+            f"--context must be in [1, {opened.max_length}] for {opened.name}, got {context}"
         )
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
@@ -153,8 +155,8 @@ def _check(opened: OpenModel, context: int | None, stride: int | None) -> tuple[
 def _score(
     opened: OpenModel, cut: list[Window], batch_size: int, progress: Any
 ) -> tuple[list[float], list[int]]:
-    """Sum of losses (nats) and number of scored tokens of each window, in their order."""
-    # Windows of one length go together, so that nothing is padded.
+    """Return the sum of losses (nats) and the number of scored tokens of each window."""
+    # A batch holds windows of one length, so that nothing is padded.
     order = sorted(range(len(cut)), key=lambda n: -len(cut[n].tokens))
     batches: list[list[int]] = []
     for number in order:
@@ -178,7 +180,7 @@ def _losses(opened: OpenModel, batch: list[Window]) -> list[float]:
         each = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:], reduction="none"
         )
-    # float64, or the sum over a window would cost digits.
+    # In float32 the sum over a window would lose digits.
     return [
         float(row[-window.scored :].double().sum()) for row, window in zip(each, batch, strict=True)
     ]

@@ -1,18 +1,18 @@
-"""Tasks of lm-evaluation-harness, from local YAML files or by name, on an open model."""
+"""Runs tasks of lm-evaluation-harness, from local YAML files or by name, on an open model."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
-from topk_megatron.evaluation.model import OpenModel
+from topk_megatron.hf.model import OpenModel
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """A task file, with the data files that it names looked for beside it.
+    """Read a task file, and find the data files that it names next to it.
 
     Raises:
-        DataError: not there, not a task, or its data are not there.
+        DataError: the file is missing or is not a task, or its data are missing.
     """
     import yaml
 
@@ -21,7 +21,7 @@ def read_task(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"cannot read the task {path}: {' '.join(str(error).split())}") from error
     if not isinstance(task, dict) or "task" not in task:
-        raise DataError(f"{path} is no task of lm-evaluation-harness: it has no entry 'task'")
+        raise DataError(f"{path} is not a task of lm-evaluation-harness: it has no entry 'task'")
     _refuse_code(path, task)
     files = (task.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, dict):
@@ -33,9 +33,9 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def _refuse_code(path: Path, task: dict[str, Any]) -> None:
-    """Refuse entries by which a task file makes the harness run code of others.
+    """Refuse entries by which a task file makes the harness run other people's code.
 
-    A metric that the harness does not have is looked for on a hub or in a file, and run from there;
+    The harness fetches a metric that it does not have from a hub or a file, and runs it;
     ``include`` reads a second file in which ``!function`` names code.
     """
     from lm_eval.api import metrics  # noqa: F401  (registers them)
@@ -80,19 +80,19 @@ def evaluate_tasks(
 
     Args:
         opened: model and tokenizer.
-        tasks: paths of YAML files, or names of the harness's own tasks (whose data it downloads).
-        batch_size: requests a forward pass.
-        limit: examples of each task; None is all.
+        tasks: paths of YAML files, or names of the harness's own tasks (it downloads their data).
+        batch_size: requests per forward pass.
+        limit: examples per task; None is all.
 
     Returns:
         For each task its metrics, standard errors (``acc_stderr``) and ``examples``.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed, or a name that it does not know.
-        DataError: a task file or its data cannot be read.
+        ConfigError: lm-evaluation-harness is not installed.
+        DataError: a task is unknown, or its file or data cannot be read.
     """
     if all(_is_file(task) for task in tasks):
-        # Local tasks need no network, and without it a look at the hub costs minutes.
+        # Local tasks need no network, and without one each request to the hub costs minutes.
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -110,7 +110,7 @@ def evaluate_tasks(
         pretrained=opened.model,
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
-        max_length=opened.context,
+        max_length=opened.max_length,
     )
     try:
         run: Any = simple_evaluate
@@ -129,7 +129,7 @@ def _is_file(task: str) -> bool:
 
 
 def _metrics(found: Any, name: str) -> dict[str, float]:
-    """Drop the harness's filter names: ``acc_norm_stderr,none`` is ``acc_norm_stderr`` here."""
+    """Return metrics without the harness's filter names, such as none in ``acc_norm,none``."""
     metrics = {
         key.split(",")[0]: float(value)
         for key, value in found["results"][name].items()

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how to open it, how it was trained."""
+"""Writes the model card: what the model is, how to open it, and how it was trained."""
 
 import json
 from typing import Any
@@ -24,12 +24,12 @@ batch = tokenizer("Once upon a time", return_tensors="pt")
 model.generate(**batch, max_new_tokens=32)
 ```
 
-The folder holds the model's code; nothing but torch and transformers is needed.
+The folder contains the model's code, which needs only torch and transformers.
 """
 
 _STATES = """
 ```python
-with model.sparse_states() as states:  # what passes the TopK layers
+with model.sparse_states() as states:  # the outputs of the TopK layers
     model(**batch)
 states[{layer}].values, states[{layer}].indices  # [b, s, k] each
 ```
@@ -37,7 +37,7 @@ states[{layer}].values, states[{layer}].indices  # [b, s, k] each
 
 
 def model_card(config: dict[str, Any], training: dict[str, Any]) -> str:
-    """README.md of an exported folder, from its config.json and topk_training.json."""
+    """Return README.md of an exported folder, from its config.json and topk_training.json."""
     topk = config["topk"]
     title = "# TopK language model\n" if topk["layers"] else "# Language model (dense)\n"
     states = _STATES.format(layer=topk["layers"][-1]) if topk["layers"] else ""
@@ -92,7 +92,7 @@ _SHOWN = (
 
 
 def _ranges(layers: list[int]) -> str:
-    """0 to 3, 5."""
+    """Write layers as in ``0 to 3, 5``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

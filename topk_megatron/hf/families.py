@@ -1,7 +1,7 @@
-"""Dense Hugging Face models as ours, as data: what each setting of their config.json becomes.
+"""Translates config.json of dense Hugging Face models into our configuration.
 
-Their weights have the names of `topk_megatron.hf.mapping`. A setting that no table knows is an
-error that names it, unless it is off.
+Their weights have the names of `topk_megatron.hf.mapping`. A setting that no table has is an error
+that names it, unless it is off.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _SAME = (
     "tie_word_embeddings",
     "vocab_size",
 )
-# Needed by none of them, or read in `dense_config`.
+# Settings that `dense_config` reads.
 _READ = (
     "attention_bias",
     "head_dim",
@@ -32,6 +32,7 @@ _READ = (
     "rope_scaling",
     "rope_theta",
 )
+# Settings without effect on a converted model.
 _IGNORED = (
     "_name_or_path",
     "architectures",
@@ -61,13 +62,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
 }
-# (bias of q, k and v; qk norm), where the family decides and not the file.
+# Settings that follow from the family and not from the file.
 _FAMILIES: dict[str, Config] = {
     "llama": {"qk_norm": False},
     "qwen2": {"qk_norm": False, "attention_bias": True, "attention_output_bias": False},
     "qwen3": {"qk_norm": True},
 }
-_LLAMA3 = {
+# Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`). gpt_config_from_args of
+# megatron-core 0.19 does not pass --rope-scaling-factor on, so that the factor is a constant too.
+LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -76,13 +79,13 @@ _LLAMA3 = {
 
 
 def dense_config(theirs: Config) -> Config:
-    """The configuration of a TopK LM without TopK that computes what this model does.
+    """Return the configuration of a dense model of ours that computes the same.
 
     Args:
         theirs: config.json of a Llama, Qwen2 or Qwen3.
 
     Raises:
-        CheckpointError: another model, or a setting without a counterpart in Megatron.
+        CheckpointError: the model is of another family, or Megatron lacks one of its settings.
     """
     family = _FAMILIES.get(theirs.get("model_type", ""))
     if family is None:
@@ -156,12 +159,12 @@ def _rope(theirs: Config) -> Config:
         scaling: Config = {"rope_type": "default"}
     elif kind == "linear":
         scaling = {"rope_type": "linear", "factor": float(parameters["factor"])}
-    elif kind == "llama3" and parameters == _LLAMA3:
-        scaling = {"rope_type": "llama3", **_LLAMA3}
+    elif kind == "llama3" and parameters == LLAMA3:
+        scaling = {"rope_type": "llama3", **LLAMA3}
     else:
         raise CheckpointError(
             f"its RoPE scaling {kind} with {parameters} is not Megatron's; the converter takes "
-            f"default, linear, and llama3 with {_LLAMA3}"
+            f"default, linear, and llama3 with {LLAMA3}"
         )
     return {
         "rope_theta": float(theta),

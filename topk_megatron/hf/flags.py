@@ -1,19 +1,19 @@
-"""Megatron's flags as a Hugging Face configuration, as data: mapped, refused, or without effect.
+"""Translates Megatron's flags into a Hugging Face configuration and back.
 
-`topk_megatron.hf.other_flags` lists the flags that do not change what a trained model computes. A
-flag in none of the tables that is not off (None, False, 0 or empty) is an error that names it.
+`topk_megatron.checkpoint.flags` knows which flags leave a trained model's function alone. Any other
+flag that no table here has is an error that names it, unless it is off (None, False, 0 or empty).
 """
 
 from argparse import Namespace
 from typing import Any
 
+from topk_megatron.checkpoint.flags import OTHER_COMPUTATION, OTHER_PARTS, shapes_the_model
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf.families import NO_EXPERTS
-from topk_megatron.hf.other_flags import LAYOUT_AND_MACHINE, TRAINING
+from topk_megatron.hf.families import LLAMA3, NO_EXPERTS
 
 Config = dict[str, Any]
 
-# Megatron's flag and the setting that it becomes, where nothing is to be computed.
+# Megatron's flags that become one setting each, unchanged.
 DIRECT = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -29,7 +29,7 @@ DIRECT = {
     "rotary_percent": "partial_rotary_factor",
     "rotary_interleaved": "rotary_interleaved",
 }
-# What `read_config` computes with.
+# Megatron's flags from which `read_config` computes the other settings.
 COMPUTED = (
     "add_qkv_bias",
     "bias_gelu_fusion",
@@ -54,78 +54,23 @@ COMPUTED = (
     "use_rope_scaling",
     "use_te_activation_func",
 )
-# Flags that change what the model computes in a way that the exported model cannot, and the values
-# at which they do not.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope",),
-    "add_position_embedding": (True,),
-    "rope_type": (None, "rope"),
-    "no_rope_freq": (None,),
-    "mrope_section": (None,),
-    "multi_latent_attention": (False,),
-    "attention_output_gate": (False,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "qk_l2_norm": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "quick_geglu": (False,),
-    "openai_gelu": (False,),
-    "onnx_safe": (None, False),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "use_mup": (False,),
-    "mtp_num_layers": (None, 0),
-    "mtp_standalone": (False,),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
-    "is_hybrid_model": (False,),
-    "spec": (None,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None, ""),
-    "yaml_cfg": (None,),
-    "te_precision_config_file": (None,),
-    "use_kitchen_attention": (False,),
-    "moe_router_num_groups": (None,),
-    "moe_router_group_topk": (None,),
-    "moe_router_force_load_balancing": (False,),
-    "moe_router_force_biased": (None,),
-    "moe_expert_capacity_factor": (None,),
-    "moe_expert_rank_capacity_factor": (None,),
-    "moe_pad_expert_input_to_capacity": (False,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_input_jitter_eps": (None,),
-    "moe_latent_size": (None,),
-    "moe_shared_expert_gate": (False,),
-    "moe_shared_expert_glu_interleave_size": (None,),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_token_dropping": (False,),
-}
+# Flags that have no counterpart in the exported model, and the values at which they need none.
+REFUSED = {**OTHER_PARTS, **OTHER_COMPUTATION}
 _BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
-# Megatron's constants (rotary_pos_embedding.py, `_apply_scaling`).
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# gpt_config_from_args of megatron-core 0.19 does not pass --rope-scaling-factor on.
-_LLAMA3_FACTOR = 8.0
 
 
 def read_config(args: Namespace) -> Config:
-    """The exported configuration without vocabulary, tokens and TopK settings.
+    """Return the exported configuration without vocabulary, tokens and TopK settings.
 
     Raises:
-        CheckpointError: a flag that the exported model has no counterpart for, or a missing one.
+        CheckpointError: a flag is missing or has no counterpart in the exported model.
     """
     check_flags(args)
     missing = sorted(name for name in (*DIRECT, *COMPUTED) if not hasattr(args, name))
     if missing:
         raise CheckpointError(
-            f"the checkpoint's arguments lack {', '.join(missing)}; it was written by another "
-            "version of Megatron than this converter knows (megatron-core 0.19)"
+            f"the checkpoint's arguments lack {', '.join(missing)}; expected are those of "
+            "megatron-core 0.19; use the converter for the version that trained the model"
         )
     config = {theirs: getattr(args, ours) for ours, theirs in DIRECT.items()}
     config["num_key_value_heads"] = (
@@ -141,15 +86,15 @@ def read_config(args: Namespace) -> Config:
 
 
 def write_args(config: Config) -> dict[str, Any]:
-    """The inverse of `read_config` for dense models: Megatron's arguments for `config`.
+    """Return Megatron's arguments for a dense model; the inverse of `read_config`.
 
     Raises:
-        CheckpointError: a combination that Megatron's flags cannot express.
+        CheckpointError: Megatron's flags cannot express the configuration.
     """
     if config["mlp_bias"] != config["attention_output_bias"]:
         raise CheckpointError(
             "the model has biases in its attention output or in its MLP but not in both; "
-            "Megatron's --disable-bias-linear decides over both together"
+            "Megatron's --disable-bias-linear decides about both together"
         )
     if config["rope_theta"] != int(config["rope_theta"]):
         raise CheckpointError(f"rope_theta {config['rope_theta']} is not a whole number")
@@ -167,7 +112,7 @@ def write_args(config: Config) -> dict[str, Any]:
         "rotary_base": int(config["rope_theta"]),
         "use_te_activation_func": False,
         "use_rope_scaling": kind == "llama3",
-        "rope_scaling_factor": _LLAMA3_FACTOR,
+        "rope_scaling_factor": LLAMA3["factor"],
         "rotary_seq_len_interpolation_factor": (
             int(scaling["factor"]) if kind == "linear" else None
         ),
@@ -177,7 +122,7 @@ def write_args(config: Config) -> dict[str, Any]:
     return args
 
 
-# Megatron's defaults of the flags of experts, in a model that has none.
+# Megatron's defaults for the flags of experts, for a model that has none.
 _NO_EXPERTS: dict[str, Any] = {
     "num_experts": None,
     "moe_ffn_hidden_size": None,
@@ -192,12 +137,12 @@ _NO_EXPERTS: dict[str, Any] = {
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse flags that change the model in ways that the export does not know.
+    """Refuse flags that change the model in ways that the exported model cannot.
 
     Raises:
-        CheckpointError: names the first of them and the values that can be exported.
+        CheckpointError: names the first such flag and the values that can be exported.
     """
-    known = {*DIRECT, *COMPUTED, *REFUSED, *TRAINING, *LAYOUT_AND_MACHINE, "topk"}
+    known = {*DIRECT, *COMPUTED, *REFUSED, "topk"}
     for name, value in sorted(vars(args).items()):
         if name in REFUSED and value not in REFUSED[name]:
             allowed = " or ".join(repr(v) for v in REFUSED[name])
@@ -205,11 +150,11 @@ def check_flags(args: Namespace) -> None:
                 f"the checkpoint was trained with {name}={value!r}, which has no counterpart in "
                 f"the exported model; it can be {allowed}"
             )
-        if name not in known and not _is_off(value):
+        if name not in known and shapes_the_model(name) and not _is_off(value):
             raise CheckpointError(
                 f"the checkpoint was trained with {name}={value!r}, a flag that the converter does "
-                "not know; if it leaves the trained model alone, list it in "
-                "topk_megatron/hf/other_flags.py"
+                "not know; if it has no effect on the trained model, list it in "
+                "topk_megatron/checkpoint/flags.py"
             )
 
 
@@ -225,7 +170,7 @@ def _activation(args: Namespace) -> str:
     if args.use_te_activation_func:
         raise CheckpointError(
             "the checkpoint was trained with use_te_activation_func=True, whose GELU is that of "
-            "Transformer Engine; it can be exported with --swiglu or --squared-relu"
+            "Transformer Engine; only --swiglu and --squared-relu can be exported from there"
         )
     # Megatron's fused bias and GELU is the tanh approximation (fused_bias_gelu.py).
     fused = args.bias_gelu_fusion and args.add_bias_linear
@@ -242,13 +187,13 @@ def _rope(args: Namespace) -> Config:
                 "the checkpoint was trained with --use-rope-scaling and with "
                 f"--rotary-seq-len-interpolation-factor {factor}; Hugging Face has one or the other"
             )
-        if args.rope_scaling_factor != _LLAMA3_FACTOR:
+        if args.rope_scaling_factor != LLAMA3["factor"]:
             raise CheckpointError(
                 f"the checkpoint says --rope-scaling-factor {args.rope_scaling_factor}, but "
-                f"megatron-core 0.19 trains with {_LLAMA3_FACTOR} whatever the flag says; which of "
-                "the two is meant must be decided by whoever trained it"
+                f"megatron-core 0.19 trains with {LLAMA3['factor']} whatever the flag says; ask "
+                "whoever trained it which of the two is meant"
             )
-        scaling = {"rope_type": "llama3", "factor": _LLAMA3_FACTOR, **_LLAMA3}
+        scaling = {"rope_type": "llama3", **LLAMA3}
     elif factor is not None:
         scaling = {"rope_type": "linear", "factor": float(factor)}
     old = None if scaling["rope_type"] == "default" else scaling

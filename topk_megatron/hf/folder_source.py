@@ -1,4 +1,4 @@
-"""A Hugging Face folder as the way back sees it: configuration, weights, Megatron's arguments."""
+"""Reads a Hugging Face folder for conversion: configuration, weights, Megatron's arguments."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -8,11 +8,13 @@ import torch
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError, ConfigError
-from topk_megatron.hf.export import FORMAT_VERSION, TRAINING_FILE, check_config
+from topk_megatron.files import read_object
+from topk_megatron.hf.export import FORMAT_VERSION, check_config
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import read_config, write_args
 from topk_megatron.hf.megatron_source import topk_section
-from topk_megatron.hf.safetensors import FolderWeights, read_json
+from topk_megatron.hf.model import TRAINING_FILE
+from topk_megatron.hf.safetensors import FolderWeights
 from topk_megatron.hf.tokenizer import HUGGING_FACE
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -20,27 +22,27 @@ _PARTS = ("format_version", "iteration", "topk", "tokenizer_type", "megatron_arg
 
 
 class HuggingFaceSource:
-    """An exported TopK LM, or a dense Llama, Qwen2 or Qwen3.
+    """The folder of an exported TopK LM, or of a dense Llama, Qwen2 or Qwen3.
 
     Attributes:
         directory: the folder.
         config: as `topk_megatron.hf.megatron_source.MegatronSource.config` has it.
-        weights: opened lazily.
+        weights: its tensors, read on demand.
         args: Megatron's arguments that describe the model and its training.
-        iteration: steps taken; 0 of a model that Megatron has not trained.
+        iteration: steps taken; 0 for a model that Megatron has not trained.
         is_export: whether this project exported it.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Open and check.
+        """Open and check a folder.
 
         Raises:
-            CheckpointError: not such a folder, or its parts contradict each other.
+            CheckpointError: it is not such a folder, or its parts contradict each other.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a folder")
         self.directory = directory
-        theirs = read_json(directory / "config.json")
+        theirs = read_object(directory / "config.json")
         self.weights = FolderWeights(directory)
         self.is_export = theirs.get("model_type") == "topk_lm"
         if self.is_export:
@@ -50,12 +52,12 @@ class HuggingFaceSource:
 
     def _read_export(self, theirs: dict[str, Any]) -> None:
         check_config(theirs)
-        training = read_json(self.directory / TRAINING_FILE)
+        training = read_object(self.directory / TRAINING_FILE)
         missing = [name for name in _PARTS if name not in training]
         if missing or training["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"{self.directory / TRAINING_FILE} is of another version, or lacks "
-                f"{', '.join(missing) or 'nothing'}"
+                f"{self.directory / TRAINING_FILE} must have format version {FORMAT_VERSION} and "
+                f"{', '.join(_PARTS)}; export the checkpoint again"
             )
         self.iteration = int(training["iteration"])
         self.args = Namespace(**{k: _restore(v) for k, v in training["megatron_args"].items()})
@@ -96,7 +98,7 @@ class HuggingFaceSource:
         )
 
 
-# What Megatron wants to know of a run that has not begun.
+# What Megatron asks about a run that has not started.
 UNTRAINED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "consumed_train_samples": 0,
@@ -109,7 +111,7 @@ UNTRAINED: dict[str, Any] = {
 
 
 def _restore(value: Any) -> Any:
-    """A recorded argument; dtypes are text in JSON."""
+    """Return a recorded argument; dtypes are text in JSON."""
     if isinstance(value, str) and value.startswith("torch."):
         dtype = getattr(torch, value.removeprefix("torch."), None)
         return dtype if isinstance(dtype, torch.dtype) else value

@@ -1,8 +1,8 @@
-"""The states of a TopK layer as SAELens knows them: a sparse autoencoder that changes nothing.
+"""Presents a TopK layer to SAELens as a sparse autoencoder that changes nothing.
 
 The hidden state of a TopK layer is its own sparse code, so that encoder and decoder are the
-identity: every tool that takes a SAELens SAE takes a TopK layer in this form. (SAELens's own TopK
-applies a ReLU after selecting, which would lose survivors that are negative.)
+identity. Every tool that takes a SAELens SAE takes a TopK layer in this form. (SAELens's own TopK
+applies a ReLU after selecting, which would lose negative survivors.)
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ ARCHITECTURE = "topk_lm_identity"
 
 @dataclass
 class IdentitySAEConfig(SAEConfig):
-    """Width in equals width out: the hidden size."""
+    """The configuration of an SAE whose input and code both have the hidden size."""
 
     @classmethod
     def architecture(cls) -> str:
-        """The name under which SAELens finds it."""
+        """Return the name under which SAELens finds it."""
         return ARCHITECTURE
 
 
 class IdentitySAE(SAE[IdentitySAEConfig]):
-    """z = x and x = z, bitwise; SAELens's weights are identity matrices that are not multiplied."""
+    """An SAE with z = x, bitwise: its weights are identity matrices that are never multiplied."""
 
     def __init__(self, cfg: IdentitySAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -35,7 +35,7 @@ class IdentitySAE(SAE[IdentitySAEConfig]):
             weight.requires_grad_(False)
 
     def initialize_weights(self) -> None:
-        """Decoder directions are the neurons' own."""
+        """Set both matrices to the identity, so that a decoder direction is a neuron."""
         super().initialize_weights()
         with torch.no_grad():
             self.W_enc.copy_(torch.eye(self.cfg.d_in))
@@ -43,20 +43,21 @@ class IdentitySAE(SAE[IdentitySAEConfig]):
             self.b_dec.zero_()
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., H] is its own code."""
+        """Return x [..., H], which is its own code."""
         return self.hook_sae_acts_post(x)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The code [..., H] is the state."""
+        """Return the code [..., H], which is the hidden state."""
         return self.hook_sae_recons(feature_acts)
 
 
 def identity_sae(*, hidden_size: int, hook_name: str, **metadata: Any) -> IdentitySAE:
-    """An SAE for the layer at `hook_name`, such as ``blocks.3.hook_out`` of a TransformerBridge.
+    """Return an SAE for the layer at `hook_name`.
 
     Args:
         hidden_size: H of the model.
-        hook_name: where SAELens and TransformerLens find the states.
+        hook_name: where SAELens and TransformerLens find the states, such as
+            ``blocks.3.hook_out`` of a TransformerBridge.
         metadata: further fields of SAELens's metadata, such as ``model_name``.
     """
     cfg = IdentitySAEConfig(

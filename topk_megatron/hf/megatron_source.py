@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as the converter sees it: configuration, TopK settings, weights."""
+"""Reads a Megatron checkpoint for conversion: configuration, TopK settings, weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,37 +11,37 @@ from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig, k_at
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.hf.flags import read_config
-from topk_megatron.hf.mapping import EXTRA_STATE, NOT_THE_MODEL, Piece, pieces, sizes
-from topk_megatron.hf.splits import SPLITS
+from topk_megatron.hf.mapping import EXTRA_STATE, NOT_THE_MODEL
+from topk_megatron.hf.pieces import SPLITS, Piece, pieces, sizes
 
 _LAYER = "decoder.layers."
 _VOCABULARY = "embedding.word_embeddings.weight"
 
 
 class MegatronSource:
-    """One iteration, checked against the mapping before a weight is read.
+    """One iteration of a checkpoint, checked against the mapping before a weight is read.
 
     Attributes:
         reader: the opened checkpoint.
         iteration: steps taken.
         tokens_seen: tokens trained on.
-        topk: TopK settings; None of a stock checkpoint that is exported as dense.
+        topk: TopK settings; None for a stock checkpoint that is exported as dense.
         config: the exported configuration, without the tokenizer's tokens.
-        padded_vocabulary: rows of the embedding in the checkpoint.
+        padded_vocabulary: number of rows of the embedding in the checkpoint.
     """
 
     def __init__(
         self, directory: Path, *, dense: bool = False, vocab_size: int | None = None
     ) -> None:
-        """Open and check.
+        """Open and check a checkpoint.
 
         Args:
-            directory: of one iteration.
-            dense: the checkpoint has no TopK settings and shall not have any.
-            vocab_size: of the tokenizer, where the checkpoint's arguments do not tell it.
+            directory: the directory of one iteration.
+            dense: whether the checkpoint is meant to have no TopK settings.
+            vocab_size: size of the tokenizer, for checkpoints that do not record it.
 
         Raises:
-            CheckpointError: flags, TopK settings or weights that the mapping does not know.
+            CheckpointError: the mapping does not know a flag, a TopK setting or a weight.
         """
         self.reader = CheckpointReader(directory)
         args = self.reader.args
@@ -57,34 +57,34 @@ class MegatronSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, as the embedding has it."""
+        """The dtype of the weights, taken from the embedding."""
         return self.reader.tensors[_VOCABULARY].properties.dtype
 
     def pieces(self) -> Iterator[Piece]:
-        """In the order of the exported file."""
+        """Yield the pieces of the model in the order of the exported file."""
         return pieces(self.config)
 
     def stored_dtype(self, piece: Piece) -> torch.dtype:
-        """The dtype that a piece has in the checkpoint."""
+        """Return the dtype that a piece has in the checkpoint."""
         return self.reader.tensors[self._places[piece][0]].properties.dtype
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
-        """Of a piece in Megatron."""
+        """Return the shape that a piece has in Megatron."""
         numbers = sizes(self.config, self.padded_vocabulary)
         return tuple(numbers[word] for word in piece.row.shape)
 
     def read(self, piece: Piece) -> Tensor:
-        """A piece as Megatron has it."""
+        """Read a piece as Megatron has it."""
         return self.reader.read(*self._places[piece])
 
     def read_parts(self, piece: Piece) -> tuple[Tensor, ...]:
-        """A piece as Hugging Face has it: a tensor for each of its names."""
+        """Read a piece as Hugging Face has it: one tensor for each of its names."""
         return SPLITS[piece.row.split].cut(self.read(piece), self.config)
 
     def _padded_vocabulary(self) -> int:
         if _VOCABULARY not in self.reader.tensors:
             raise CheckpointError(
-                f"{self.reader.directory} has no {_VOCABULARY}; it is not of a GPT model"
+                f"{self.reader.directory} has no {_VOCABULARY}; it does not hold a GPT model"
             )
         rows = int(self.reader.tensors[_VOCABULARY].size[0])
         if rows < self.config["vocab_size"]:
@@ -107,7 +107,7 @@ class MegatronSource:
         return places
 
     def _find(self, piece: Piece) -> tuple[str, tuple[int, ...]]:
-        """Key and leading indices of a piece; layers may be stacked into one tensor or not."""
+        """Return the key and leading indices of a piece; layers may be stacked into one tensor."""
         expert = () if piece.expert is None else (piece.expert,)
         names = [name for name in (piece.row.megatron, piece.row.alias) if name is not None]
         for name in names:
@@ -150,12 +150,12 @@ class MegatronSource:
     def _unknown(self, key: str) -> CheckpointError:
         return CheckpointError(
             f"{self.reader.directory} holds {key}, which the mapping does not know for this "
-            "model; nothing is exported rather than without it"
+            "model; exporting without it would give another model"
         )
 
 
 def topk_section(config: TopKConfig | None, iteration: int) -> dict[str, Any]:
-    """``topk`` of the exported configuration, with the k of the last step that was taken."""
+    """Return ``topk`` of the exported configuration, with the k of the last step taken."""
     if config is None or not config.layers:
         unused = dict.fromkeys(("k", "mlp_k", "mlp_groups"))
         return {"site": "residual", "layers": [], "mode": "value", **unused}
@@ -182,11 +182,11 @@ def _read_topk(directory: Path, args: Any, dense: bool) -> TopKConfig | None:
     try:
         config = TopKConfig.from_dict(settings)
     except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory}: its TopK settings are not sound: {error}") from error
+        raise CheckpointError(f"{directory}: its TopK settings are invalid: {error}") from error
     if dense and config.layers:
         raise CheckpointError(
             f"{directory} has a TopK at layers {list(config.layers)}; --dense would export another "
-            "model, drop the flag"
+            "model, so drop the flag"
         )
     return config
 
@@ -197,7 +197,7 @@ def _vocab_size(args: Any, given: int | None) -> int:
         size = given
     if size is None:
         raise CheckpointError(
-            "the checkpoint's arguments do not tell the size of its vocabulary without padding; "
+            "the checkpoint's arguments lack the size of its vocabulary without padding; "
             "give the tokenizer that it was trained with: --tokenizer-model"
         )
     return int(size)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a torch_dist checkpoint that Megatron trains on from."""
+"""Converts a Hugging Face folder into a torch_dist checkpoint from which Megatron continues."""
 
 import re
 import shutil
@@ -17,9 +17,9 @@ from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf.export import PADDING_FILE, Progress
 from topk_megatron.hf.folder_source import HuggingFaceSource
-from topk_megatron.hf.mapping import EXTRA_STATE, Piece, pieces, sizes
+from topk_megatron.hf.mapping import EXTRA_STATE
+from topk_megatron.hf.pieces import SPLITS, Piece, pieces, sizes
 from topk_megatron.hf.safetensors import SafetensorsFile
-from topk_megatron.hf.splits import SPLITS
 from topk_megatron.hf.tokenizer import SENTENCEPIECE
 
 _TOKENIZER_FILES = (
@@ -33,19 +33,19 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-# Left by old versions of transformers; follows from the configuration.
+# Old versions of transformers save these, although they follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreSettings:
-    """How to go back to Megatron.
+    """How to convert to Megatron.
 
     Attributes:
-        tp: tensor-parallel size; decides the padding of the vocabulary and nothing else.
-        pp: pipeline-parallel size; only recorded.
-        divisible_by: Megatron's ``--make-vocab-size-divisible-by``; None keeps the run's.
-        tokenizer: False leaves it out.
+        tp: tensor-parallel size, which decides only how the vocabulary is padded.
+        pp: pipeline-parallel size, which is only recorded.
+        divisible_by: Megatron's ``--make-vocab-size-divisible-by``; None keeps that of the run.
+        tokenizer: whether to copy the tokenizer.
     """
 
     tp: int = 1
@@ -61,10 +61,11 @@ def restore_checkpoint(
     *,
     progress: Callable[[int], Progress] | None = None,
 ) -> HuggingFaceSource:
-    """Write the folder `load` as the new checkpoint directory `save`.
+    """Convert the folder `load` into the new checkpoint directory `save`.
 
     Raises:
-        CheckpointError: what cannot be converted; nothing is left at `save`.
+        CheckpointError: the folder cannot be converted; nothing is left at `save`.
+        ConfigError: a parallel size is less than 1.
     """
     for name in ("tp", "pp"):
         if getattr(settings, name) < 1:
@@ -88,7 +89,7 @@ def restore_checkpoint(
 
 
 def _copy_tokenizer(source: HuggingFaceSource, folder: Path, final: Path) -> None:
-    """Keep the tokenizer with the checkpoint, and let the arguments point to it."""
+    """Copy the tokenizer to the checkpoint, and make the arguments point to it."""
     files = [source.directory / name for name in _TOKENIZER_FILES]
     files = [file for file in files if file.is_file()]
     one_file = source.args.tokenizer_type == SENTENCEPIECE
@@ -98,7 +99,7 @@ def _copy_tokenizer(source: HuggingFaceSource, folder: Path, final: Path) -> Non
     if not needed & {file.name for file in files}:
         raise CheckpointError(
             f"{source.directory} has no tokenizer ({' or '.join(sorted(needed))}); copy it there, "
-            "or say --no-tokenizer and give --tokenizer-model when training"
+            "or use --no-tokenizer and give --tokenizer-model when training"
         )
     (folder / "tokenizer").mkdir()
     for file in files:
@@ -113,7 +114,7 @@ def _copy_tokenizer(source: HuggingFaceSource, folder: Path, final: Path) -> Non
 
 
 def _complete_args(source: HuggingFaceSource, settings: RestoreSettings) -> None:
-    """The arguments that depend on the layout, and what this checkpoint does not hold."""
+    """Set the arguments that depend on the layout or on what the checkpoint lacks."""
     args: Namespace = source.args
     if not hasattr(args, "tokenizer_vocab_size"):
         args.tokenizer_vocab_size = source.config["vocab_size"]
@@ -153,7 +154,7 @@ def _chunks(source: HuggingFaceSource, padded: int) -> Iterator[Chunk]:
         lost = [name for name in piece.huggingface if name not in names]
         if lost:
             raise CheckpointError(
-                f"{source.directory} has no {lost[0]}, which its settings ask for"
+                f"{source.directory} has no {lost[0]}, which its config.json asks for"
             )
         shape = tuple(numbers[word] for word in piece.row.shape)
         _check_shapes(source, piece, shape)
@@ -180,13 +181,13 @@ def _is_stacked(args: Namespace) -> bool:
 
 
 def _place(source: HuggingFaceSource, piece: Piece) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Key, leading sizes and leading indices of a piece in the checkpoint."""
+    """Return the key, leading sizes and leading indices of a piece in the checkpoint."""
     name, layer = piece.row.megatron, piece.layer
     if layer is None:
         return name, (), ()
     engine = source.args.transformer_impl == "transformer_engine"
     if piece.row.alias and engine and layer in source.config["moe_layers"] and "mlp" in name:
-        name = piece.row.alias  # a fused norm needs a linear layer behind it
+        name = piece.row.alias  # a norm is fused only into a linear layer
     outer, lead = (), ()
     if piece.expert is not None:
         outer, lead = (source.config["num_experts"],), (piece.expert,)
@@ -200,7 +201,7 @@ def _place(source: HuggingFaceSource, piece: Piece) -> tuple[str, tuple[int, ...
 
 
 def _extra_states(source: HuggingFaceSource) -> Iterator[str]:
-    """Keys of the state that Megatron asks of every linear layer, and that is empty."""
+    """Yield the keys of the empty state that Megatron expects of every linear layer."""
     for piece in pieces(source.config):
         module, _, kind = piece.row.megatron.rpartition(".")
         if piece.layer is None or kind != "weight" or ".linear_" not in module:
@@ -222,7 +223,7 @@ def _loader(source: HuggingFaceSource, piece: Piece, padded: int) -> Callable[[]
 
 
 def _padding(source: HuggingFaceSource, piece: Piece, padded: int, whole: Tensor) -> Tensor:
-    """Rows of the vocabulary's padding: those that were exported, then zeros."""
+    """Return the rows of the vocabulary's padding: the exported ones, then zeros."""
     count = max(0, padded - whole.shape[0])
     rows = whole.new_zeros(count, whole.shape[1])
     path = source.directory / PADDING_FILE
@@ -242,12 +243,12 @@ def _check_names(source: HuggingFaceSource) -> None:
     if left:
         raise CheckpointError(
             f"{source.directory} holds {left[0]}, which the mapping does not know for this model; "
-            "nothing is converted rather than without it"
+            "converting without it would give another model"
         )
 
 
 def _watched(chunks: list[Chunk], advance: Progress) -> list[Chunk]:
-    """The same chunks, each telling when it is loaded."""
+    """Return the same chunks, each of which reports when it is loaded."""
 
     def watch(chunk: Chunk) -> Chunk:
         def load() -> Tensor:

@@ -1,6 +1,5 @@
-"""Tokenizer files for Hugging Face, checked to give the ids of training."""
+"""Exports tokenizers to Hugging Face, and checks that they return the ids of training."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import CheckpointError, DataError
+from topk_megatron.files import write_json
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
-# Text on which both must agree: code, digits, white space, accents, scripts, emoji, control bytes.
+# Texts on which both tokenizers must agree.
 SAMPLES = (
     "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer",
     "  two leading spaces,\ttabs\t\tand trailing ones   ",
@@ -31,17 +31,17 @@ def export_tokenizer(
     """Write the tokenizer into `directory` and compare it with the one of training.
 
     Args:
-        tokenizer_type: Megatron's name of it.
-        model: file or directory (or name) that it is opened from.
+        tokenizer_type: its type in Megatron.
+        model: the file, directory or name from which it is opened.
         directory: the exported folder.
-        max_length: tokens of the longest text.
+        max_length: the model's longest input, in tokens.
 
     Returns:
-        ``vocab_size`` and the ids of bos, eos and pad (None where it has none).
+        ``vocab_size``, and the ids of bos, eos and pad (None where it has none).
 
     Raises:
-        DataError: the tokenizer is not there.
-        CheckpointError: it has no counterpart, or would give other ids.
+        DataError: the tokenizer does not exist.
+        CheckpointError: it has no counterpart, or the counterpart returns other ids.
     """
     if tokenizer_type == SENTENCEPIECE:
         return _export_sentencepiece(Path(model), directory, max_length)
@@ -54,10 +54,10 @@ def export_tokenizer(
 
 
 def tokenizer_size(model: str) -> int:
-    """Tokens of a sentencepiece file or of a Hugging Face tokenizer.
+    """Return the number of tokens of a sentencepiece file or a Hugging Face tokenizer.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: the tokenizer cannot be opened.
     """
     if Path(model).is_file():
         return int(_open_sentencepiece(Path(model)).get_piece_size())
@@ -81,14 +81,14 @@ def _open_sentencepiece(model: Path) -> Any:
 def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict[str, int | None]:
     if not model.is_file():
         raise DataError(
-            f"the tokenizer {model} of the training run is not there; say where it is with "
+            f"the tokenizer {model} of the training run does not exist; say where it is now with "
             "--tokenizer-model"
         )
     pieces = _open_sentencepiece(model)
     shutil.copyfile(model, directory / "tokenizer.model")
     ids = {name: getattr(pieces, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
     if ids["pad"] < 0:
-        ids["pad"] = ids["eos"]  # batches need one; it is masked wherever it pads
+        ids["pad"] = ids["eos"]  # batches need one, and attention masks it
     tokens = {n: pieces.id_to_piece(i) for n, i in ids.items() if i >= 0}
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -100,7 +100,7 @@ def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict
         "model_max_length": max_length,
         **{f"{name}_token": token for name, token in tokens.items()},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", settings)
     _add_fast_file(directory)
     _compare(directory, lambda text: list(pieces.encode_as_ids(text)), str(model))
     return {
@@ -110,12 +110,12 @@ def _export_sentencepiece(model: Path, directory: Path, max_length: int) -> dict
 
 
 def _adds_prefix(pieces: Any) -> bool:
-    """Whether the model puts a space in front of every text."""
+    """Whether the model adds a space in front of every text."""
     return pieces.encode("x", out_type=str) != ["x"]
 
 
 def _add_fast_file(directory: Path) -> None:
-    """``tokenizer.json``, with which the folder opens where sentencepiece is not installed."""
+    """Write ``tokenizer.json``, so that the folder opens where sentencepiece is not installed."""
     with tempfile.TemporaryDirectory() as other:
         _open(directory).save_pretrained(other)
         made = Path(other) / "tokenizer.json"
@@ -145,8 +145,8 @@ def _compare(directory: Path, expected: Callable[[str], list[int]], model: str) 
         got = exported.encode(text, add_special_tokens=False, verbose=False)
         if got != expected(text):
             raise CheckpointError(
-                f"the exported tokenizer would not give the ids of {model}: for {text!r} it gives "
-                f"{got[:12]}, training had {expected(text)[:12]}"
+                f"the exported tokenizer would return other ids than {model}: for {text!r} it "
+                f"returns {got[:12]}, training had {expected(text)[:12]}"
             )
 
 

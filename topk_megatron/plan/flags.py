@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from topk_megatron.checkpoint.flags import OTHER_PARTS
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.layout import Layout
@@ -24,7 +25,7 @@ _SWITCHES = (
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
 # These change a model or its schedule in ways that the planner does not count.
 _REFUSED = (
-    *("--num-experts", "--multi-latent-attention", "--mtp-num-layers", "--spec"),
+    *(f"--{name.replace('_', '-')}" for name in ("num_experts", *OTHER_PARTS)),
     *("--context-parallel-size", "--fp8-format", "--fp4-format", "--use-torch-fsdp2"),
     *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
     *("--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers"),

@@ -1,7 +1,7 @@
-"""Tokenize documents into Megatron's ``.bin``/``.idx`` with several processes, in input order.
+"""Tokenizes documents into Megatron's ``.bin``/``.idx`` with several processes, in input order.
 
-Files are written under hidden temporary names and renamed at the end, the index last: whatever is
-killed, a dataset that has its ``.idx`` is whole.
+Files are written under hidden temporary names and renamed at the end, the index last. Even after a
+kill, a dataset that has its ``.idx`` is complete.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from topk_megatron.errors import DataError
 from topk_megatron.text.sources import BadLineError, Record, document, expand, read_records
 from topk_megatron.text.tokenizer import fingerprint, open_tokenizer
 
-# Not plain .json, which inputs have too; an input that is called this is refused.
+# Not plain .json, which inputs have too. An input of this name is refused.
 MANIFEST = ".manifest.json"
 SUFFIXES = (".bin", ".idx", MANIFEST)
-# Bytes of text handed to a worker at a time: large enough to hide the hand-over, small enough for
-# an even progress bar.
+# Bytes of text per task of a worker: large enough to hide the transfer, small enough for a smooth
+# progress bar.
 _CHUNK_BYTES = 256 * 1024
 _CHUNKS_IN_FLIGHT_PER_WORKER = 4
 _REPORTED_BAD_LINES = 20
@@ -38,18 +38,18 @@ _REPORTED_BAD_LINES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """What to tokenize, and how.
+    """What to tokenize and how.
 
     Attributes:
         inputs: text files or globs.
         output: path prefix; writes ``output.bin``, ``output.idx``, ``output.manifest.json``.
         tokenizer_type: ``SentencePieceTokenizer`` or ``HuggingFaceTokenizer``.
-        tokenizer_model: its file or directory.
+        tokenizer_model: the tokenizer's file or directory.
         json_key: key of the text in JSON lines.
-        append_eod: end every document with the end-of-document token.
-        workers: tokenizing processes; 0 tokenizes in this one.
-        skip_bad_lines: leave bad lines out instead of failing at the end.
-        overwrite: replace a dataset that exists.
+        append_eod: whether every document ends with the end-of-document token.
+        workers: number of tokenizing processes; 0 tokenizes in this process.
+        skip_bad_lines: whether to skip bad lines instead of failing at the end.
+        overwrite: whether to replace an existing dataset.
     """
 
     inputs: list[str]
@@ -65,7 +65,7 @@ class PreprocessConfig:
 
 @dataclass
 class Summary:
-    """What was read and written, in documents, bytes of text and tokens."""
+    """The number of documents, bytes of text and tokens read and written."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -77,7 +77,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A worker's answer for one chunk of records."""
+    """A worker's result for one chunk of records."""
 
     documents: list[np.ndarray]
     empty: int
@@ -89,8 +89,8 @@ def preprocess(config: PreprocessConfig) -> Summary:
     """Tokenize `config.inputs` into one dataset.
 
     Raises:
-        DataError: unreadable input, a bad line without `skip_bad_lines`, no document at all, an
-            output that exists, a full disk. Nothing that looks like a dataset is left behind.
+        DataError: the input cannot be read, has a bad line without `skip_bad_lines` or no document
+            at all, the output exists, or the disk is full. No partial dataset is left behind.
     """
     files = expand(config.inputs)
     _check_output(config, files)
@@ -98,7 +98,7 @@ def preprocess(config: PreprocessConfig) -> Summary:
     if config.append_eod and tokenizer.eod is None:
         raise DataError(
             f"{config.tokenizer_model} has no end-of-sentence token to end documents with; "
-            "give it one, or say --no-eod"
+            "add one, or use --no-eod"
         )
     temporary = config.output.with_name(f".{config.output.name}.partial-{os.getpid()}")
     try:
@@ -117,7 +117,7 @@ def preprocess(config: PreprocessConfig) -> Summary:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Delete the partial files of runs that were killed."""
+    """Delete the partial files of killed runs."""
     for partial in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
         pid = partial.name.rsplit("-", 1)[-1].split(".")[0]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -143,7 +143,7 @@ def _check_output(config: PreprocessConfig, files: list[Path]) -> None:
         if output.resolve() in inputs:
             raise DataError(f"{output} is an input; choose another --output-prefix")
         if output.exists() and not config.overwrite:
-            raise DataError(f"{output} exists; choose another --output-prefix or say --overwrite")
+            raise DataError(f"{output} exists; choose another --output-prefix or use --overwrite")
 
 
 def _write_dataset(
@@ -177,7 +177,7 @@ def _write_dataset(
 
 @contextlib.contextmanager
 def _workers(config: PreprocessConfig) -> Iterator[Callable[..., Future[_Encoded]]]:
-    """A `submit` function, backed by processes or (workers = 0) by this one."""
+    """Yield a `submit` function that uses worker processes or, if workers = 0, this process."""
     if config.workers == 0:
         _open_in_worker(config.tokenizer_type, config.tokenizer_model)
         yield _run_here
@@ -216,7 +216,7 @@ def _in_order(
 
 
 def _chunks(files: list[Path], advance: Callable[[int], Any]) -> Iterator[list[Record]]:
-    """Group records to about `_CHUNK_BYTES`; reports bytes of the files as they lie on disk."""
+    """Group records to about `_CHUNK_BYTES`, and report progress in bytes on disk."""
     chunk: list[Record] = []
     size = 0
     for path in files:
@@ -242,7 +242,7 @@ def _open_in_worker(tokenizer_type: str, tokenizer_model: str) -> None:
 
 
 def _start_worker(tokenizer_type: str, tokenizer_model: str, parent: int) -> None:
-    # A worker whose parent was killed would wait for work for ever.
+    # If the parent is killed, a worker would otherwise wait for work forever.
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     _open_in_worker(tokenizer_type, tokenizer_model)
 
@@ -287,7 +287,7 @@ def _fail_on_bad_lines(config: PreprocessConfig, summary: Summary) -> None:
         more = summary.bad_lines - len(summary.first_bad_lines)
         lines = "\n  ".join([*summary.first_bad_lines, *([f"and {more} more"] if more else [])])
         raise DataError(
-            f"{summary.bad_lines} bad lines; mend them or say --skip-bad-lines:\n  {lines}"
+            f"{summary.bad_lines} bad lines; fix them or use --skip-bad-lines:\n  {lines}"
         )
     if not summary.documents:
         raise DataError("the input holds no document with text in it")
@@ -303,8 +303,8 @@ def _publish(config: PreprocessConfig, temporary: Path, summary: Summary, tokeni
         "append_eod": config.append_eod,
     }
     Path(f"{temporary}{MANIFEST}").write_text(json.dumps(manifest, indent=2) + "\n")
-    # The old index goes first, the new one comes last: at no moment does an index stand beside
-    # tokens that are not its own.
+    # The old index is removed first and the new one added last, so that an index never belongs to
+    # other tokens.
     Path(f"{config.output}.idx").unlink(missing_ok=True)
     for suffix in (".bin", MANIFEST, ".idx"):
         os.replace(f"{temporary}{suffix}", f"{config.output}{suffix}")

@@ -1,6 +1,7 @@
-"""Reads documents from text files: .txt and .md (a file is a document), .jsonl (a line is one).
+"""Reads documents from text files: one per .txt or .md file, one per line of .jsonl.
 
-Each may be compressed (.gz, .zst). Everything is streamed; a bad line carries its file and number.
+Each file may be compressed (.gz, .zst). Everything is streamed, and the error for a bad line names
+its file and number.
 """
 
 import glob
@@ -23,13 +24,13 @@ _COMPRESSED = (".gz", ".zst")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document as it stands in its file.
+    """One document as its file holds it.
 
     Attributes:
-        data: UTF-8 bytes; a whole file for text, one line for JSON lines.
-        path: the file it came from.
-        line: its line in the file, counted from 1; 0 for a whole file.
-        position: bytes read of the file so far, as they lie on disk (compressed).
+        data: UTF-8 bytes; the whole file for text, one line for JSON lines.
+        path: the file.
+        line: the line in the file, from 1; 0 for a whole file.
+        position: bytes of the file read so far, on disk (compressed).
     """
 
     data: bytes
@@ -39,20 +40,20 @@ class Record:
 
 
 class BadLineError(ValueError):
-    """A record that holds no document; the message says why."""
+    """A record holds no document; the message says why."""
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
     """Resolve files and globs (``data/**/*.jsonl``) to a sorted list without duplicates.
 
     Raises:
-        DataError: a pattern matches nothing, or a file is of a kind that is not known.
+        DataError: a pattern matches nothing, or a file type is unknown.
     """
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(p) for p in glob.glob(pattern, recursive=True)]
         if not matches and Path(pattern).exists():
-            matches = [Path(pattern)]  # a name with brackets in it is no glob
+            matches = [Path(pattern)]  # a file name with brackets
         files = [path for path in matches if path.is_file()]
         if not files:
             raise DataError(f"no file matches {pattern!r}")
@@ -81,10 +82,10 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def document(record: Record, json_key: str) -> str:
-    """The text of a record.
+    """Return the text of a record.
 
     Raises:
-        BadLineError: not UTF-8, not JSON, without the key, or with something else than text there.
+        BadLineError: the record is not UTF-8 or not JSON, or the key is missing or not text.
     """
     try:
         if record.line == 0:
@@ -107,10 +108,10 @@ def document(record: Record, json_key: str) -> str:
 
 
 def read_texts(patterns: Sequence[str], json_key: str = "text") -> Iterator[str]:
-    """Texts of files and globs, one after the other.
+    """Yield the texts of files and globs.
 
     Raises:
-        DataError: nothing matches, or a bad record, with its file and line.
+        DataError: nothing matches, or a record is bad; names its file and line.
     """
     for path in expand(patterns):
         for record in read_records(path):
@@ -128,7 +129,7 @@ def _kind(path: Path) -> str:
     known = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
     if kind not in known:
         raise DataError(
-            f"{path}: the file type {kind or '(none)'} is not known; known are {', '.join(known)}, "
+            f"{path}: the file type {kind or '(none)'} is not known; use {', '.join(known)}, "
             f"each also with {' or '.join(_COMPRESSED)}"
         )
     return kind

@@ -1,4 +1,4 @@
-"""Tokenizers: train a sentencepiece model; open any tokenizer the way Megatron's training does."""
+"""Trains sentencepiece tokenizers, and opens any tokenizer as Megatron's training does."""
 
 import hashlib
 import io
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.errors import DataError
+from topk_megatron.files import sha256_of
 from topk_megatron.text.sources import BadLineError, document, expand, read_records
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
-# Sentencepiece leaves out longer lines without a word (its max_sentence_length).
+# Sentencepiece silently drops longer lines (its max_sentence_length).
 _MAX_LINE_BYTES = 4000
-# Identity normalisation and no dummy prefix: text survives encoding and decoding byte for byte, and
-# Hugging Face's implementations give the same ids.
+# With identity normalisation and no dummy prefix, text survives encoding and decoding byte for
+# byte, and Hugging Face's implementations return the same ids.
 _SENTENCEPIECE_SETTINGS = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
@@ -39,22 +40,22 @@ def train_sentencepiece(
     json_key: str = "text",
     max_sentences: int = 5_000_000,
 ) -> int:
-    """Train a tokenizer and write it to `output` in one step, so that no half-written model stays.
+    """Train a tokenizer and write it to `output` in one step.
 
     Args:
         patterns: text files or globs.
         output: the ``.model`` file.
-        vocab_size: pieces, special tokens and 256 byte pieces included.
+        vocab_size: number of pieces, including special tokens and 256 byte pieces.
         model_type: ``bpe`` or ``unigram``.
-        character_coverage: share of characters that get pieces of their own; others become bytes.
+        character_coverage: share of characters that get their own pieces; others become bytes.
         json_key: key of the text in JSON lines.
-        max_sentences: lines sampled at random from a larger corpus.
+        max_sentences: number of lines to sample from a larger corpus.
 
     Returns:
         The number of lines read.
 
     Raises:
-        DataError: no text, a bad line, or a vocabulary that the text cannot fill.
+        DataError: there is no text, a line is bad, or the text cannot fill the vocabulary.
     """
     import sentencepiece
 
@@ -97,12 +98,12 @@ class _CountingLines:
                 self.count += 1
                 yield from _pieces(line)
         except DataError as error:
-            self.error = error  # sentencepiece would wrap it into its own
+            self.error = error  # sentencepiece wraps it in an error of its own
             raise
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """Cut a line where sentencepiece would silently drop it for its length."""
+    """Cut a line that sentencepiece would silently drop for its length."""
     while len(line.encode()) > _MAX_LINE_BYTES:
         # A character has at most four bytes.
         cut = line.rfind(" ", 1, _MAX_LINE_BYTES // 4)
@@ -124,7 +125,7 @@ def _check_training(vocab_size: int, character_coverage: float, max_sentences: i
 
 
 def _open_partial(output: Path) -> Path:
-    """Meet a path that cannot be written before the training and not after it."""
+    """Fail on a path that cannot be written before the training and not after it."""
     if not output.name or output.is_dir():
         raise DataError(f"--output must name a file, got {str(output)!r}")
     temporary = output.with_name(f".{output.name}.partial")
@@ -147,12 +148,12 @@ def _lines(patterns: list[str], json_key: str) -> Iterator[str]:
 
 
 def _last_sentence(error: Exception) -> str:
-    """Sentencepiece's message without the source location in front of it."""
+    """Return sentencepiece's message without the source location in front of it."""
     return str(error).rsplit("] ", maxsplit=1)[-1].strip() or str(error)
 
 
 def add_tokenizer_arguments(parser: ArgumentParser) -> None:
-    """The flags that name a tokenizer, spelled as in Megatron."""
+    """Add the flags that name a tokenizer, spelled as in Megatron."""
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0])
     parser.add_argument(
         "--tokenizer-model",
@@ -162,13 +163,13 @@ def add_tokenizer_arguments(parser: ArgumentParser) -> None:
 
 
 def open_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Any:
-    """Open a tokenizer through Megatron, so that its ids are those of training.
+    """Open a tokenizer through Megatron, so that it returns the ids of training.
 
     Returns:
-        Megatron's tokenizer: ``tokenize``, ``detokenize``, ``vocab_size``, ``eod``.
+        Megatron's tokenizer, with ``tokenize``, ``detokenize``, ``vocab_size`` and ``eod``.
 
     Raises:
-        DataError: the file is missing or is no tokenizer of this type.
+        DataError: the file is missing, or is not a tokenizer of this type.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
@@ -182,7 +183,13 @@ def open_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Any:
 
 
 def check_tokenizer_path(tokenizer_type: str, tokenizer_model: str) -> None:
-    """A Hugging Face tokenizer may be a name that its library looks up; others must be files."""
+    """Refuse a tokenizer file that does not exist.
+
+    A Hugging Face tokenizer may be a name that its library looks up.
+
+    Raises:
+        DataError: there is no such file.
+    """
     if tokenizer_type != "HuggingFaceTokenizer" and not Path(tokenizer_model).exists():
         raise DataError(
             f"--tokenizer-model {tokenizer_model} does not exist; "
@@ -191,20 +198,22 @@ def check_tokenizer_path(tokenizer_type: str, tokenizer_model: str) -> None:
 
 
 def fingerprint(tokenizer_model: str) -> str:
-    """SHA-256 of a tokenizer's files, to tell whether data and model belong together."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a tokenizer's files, which tells if data and model belong together."""
     path = Path(tokenizer_model)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            digest.update(file.read_bytes())
-    if not path.exists():
-        digest.update(tokenizer_model.encode())  # a name
+    if path.is_file():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                digest.update(file.read_bytes())
+    else:
+        digest.update(tokenizer_model.encode())  # the name of a Hugging Face tokenizer
     return digest.hexdigest()
 
 
 def _megatron_settings(tokenizer_type: str, tokenizer_model: str) -> Namespace:
-    """What Megatron's `build_tokenizer` reads of its arguments, with Megatron's defaults."""
+    """Return the arguments that Megatron's `build_tokenizer` reads, with Megatron's defaults."""
     return Namespace(
         rank=0,
         tokenizer_type=tokenizer_type,
@@ -217,7 +226,7 @@ def _megatron_settings(tokenizer_type: str, tokenizer_model: str) -> Namespace:
         metadata_path=None,
         pad_vocab_size=False,
         tokenizer_hf_no_use_fast=False,
-        # Documents get their end-of-document token from us and nothing else.
+        # We append the end-of-document token ourselves, and add nothing else.
         tokenizer_hf_no_include_special_tokens=True,
         tokenizer_sentencepiece_legacy=False,
         tokenizer_sentencepiece_ignore_extra_whitespaces=True,

@@ -1,26 +1,19 @@
 """Checks dataset files before Megatron opens them: present, well formed, enough documents."""
 
 import json
-import struct
 from argparse import Namespace
 from pathlib import Path
-from typing import BinaryIO
 
 from topk_megatron.errors import DataError
+from topk_megatron.text.indexed import read_index
 from topk_megatron.text.preprocess import MANIFEST
 from topk_megatron.text.tokenizer import fingerprint
 
-# Megatron's index begins with: magic, version (u64), dtype code (u8), sequences (u64), documents
-# (u64); see megatron/core/datasets/indexed_dataset.py.
-_HEADER = struct.Struct("<9sQBQQ")
-# Bytes a token by Megatron's dtype code.
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-_MAGIC = b"MMIDIDX\x00\x00"
 _PARTS = ("train", "validation", "test")
 
 
 def check_data_files(args: Namespace) -> None:
-    """Refuse missing or broken dataset files, and splits that leave a part without a document.
+    """Refuse missing or damaged dataset files, and splits that leave a part without a document.
 
     Raises:
         DataError: names the file and what to do.
@@ -35,45 +28,32 @@ def check_data_files(args: Namespace) -> None:
 
 
 def count_documents(prefix: str) -> int:
-    """Documents in ``PREFIX.idx``, after a look at its header and at the size of ``PREFIX.bin``."""
+    """Count the documents of a dataset, and check that its two files belong together.
+
+    Raises:
+        DataError: a file is missing or damaged, or the dataset is empty.
+    """
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
             raise DataError(
                 f"dataset file {prefix}{suffix} does not exist; make it with "
                 "tools/preprocess_data.py and give the path without .bin"
             )
-    with open(f"{prefix}.idx", "rb") as index:
-        header = index.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise DataError(
-                f"{prefix}.idx is no Megatron dataset index; make it anew with "
-                "tools/preprocess_data.py"
-            )
-        _, _, code, sequences, documents = _HEADER.unpack(header)
-        _check_sizes(prefix, index, code, sequences, documents)
-    return sequences
-
-
-def _check_sizes(prefix: str, index: BinaryIO, code: int, sequences: int, documents: int) -> None:
-    """Hold the sizes of both files against what the index says."""
-    expected = _HEADER.size + 12 * sequences + 8 * documents  # i4 lengths, i8 offsets, i8 documents
-    if code not in _ITEM_BYTES or Path(f"{prefix}.idx").stat().st_size < expected:
-        raise DataError(f"{prefix}.idx is cut off or damaged; make the dataset anew")
-    if sequences == 0:
+    index = read_index(Path(f"{prefix}.idx"))
+    if not len(index.lengths):
         raise DataError(f"{prefix} holds no document")
-    index.seek(_HEADER.size + 4 * (sequences - 1))
-    (length,) = struct.unpack("<i", index.read(4))
-    index.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-    (offset,) = struct.unpack("<q", index.read(8))
-    wanted, found = offset + length * _ITEM_BYTES[code], Path(f"{prefix}.bin").stat().st_size
-    if found != wanted:
+    # Reading the last sequence alone is quick, however large the dataset is.
+    expected = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
+    size = Path(f"{prefix}.bin").stat().st_size
+    if size != expected:
         raise DataError(
-            f"{prefix}.bin has {found} bytes, its index tells of {wanted}; make the dataset anew"
+            f"{prefix}.bin has {size} bytes where its index says {expected}; make the dataset again"
         )
+    return len(index.lengths)
 
 
 def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
-    """Compare with the manifest that our preprocessing leaves beside the data, if there is one."""
+    """Compare with the manifest that our preprocessing leaves next to the data, if there is one."""
     manifest = Path(f"{prefix}{MANIFEST}")
     if tokenizer_model is None or not manifest.is_file():
         return
@@ -84,12 +64,12 @@ def _check_tokenizer(prefix: str, tokenizer_model: str | None) -> None:
     if expected != fingerprint(tokenizer_model):
         raise DataError(
             f"{prefix} was tokenized with another tokenizer than {tokenizer_model} (their SHA-256 "
-            f"differ, see {manifest}); give that one, or tokenize the text anew"
+            f"differ, see {manifest}); give that one, or tokenize the text again"
         )
 
 
 def _check_split(prefix: str, documents: int, args: Namespace) -> None:
-    """Megatron would look for ever for samples in a part that has no document."""
+    """Refuse a part without documents, in which Megatron would search for samples forever."""
     weights = split_weights(args.split or "969,30,1")
     total = sum(weights)
     wanted = (True, bool(args.eval_iters), bool(args.eval_iters))
@@ -107,7 +87,11 @@ def _check_split(prefix: str, documents: int, args: Namespace) -> None:
 
 
 def split_weights(split: str) -> list[float]:
-    """Read ``90,8,2`` (or with / between) as three weights, filled up with zeros."""
+    """Read ``90,8,2`` or ``90/8/2`` as three weights; missing ones are zero.
+
+    Raises:
+        DataError: the text is not one to three weights that are not negative.
+    """
     try:
         weights = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
     except ValueError as error:
@@ -118,7 +102,7 @@ def split_weights(split: str) -> list[float]:
 
 
 def _entries_of(file: str | None) -> list[str] | None:
-    """What ``--data-args-path`` lists."""
+    """Return the entries of the file given as ``--data-args-path``."""
     if file is None:
         return None
     if not Path(file).is_file():
@@ -127,7 +111,7 @@ def _entries_of(file: str | None) -> list[str] | None:
 
 
 def _prefixes(entries: list[str] | None) -> list[str]:
-    """Dataset prefixes on this machine, without the weights that may stand between them."""
+    """Return the dataset prefixes on this machine, without the weights between them."""
     return [entry for entry in entries or [] if not _is_number(entry) and "://" not in entry]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topk_megatron.checkpoint.directory import find_checkpoint
+from topk_megatron.checkpoint.flags import shapes_the_model
 from topk_megatron.checkpoint.pickles import StandIn
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
@@ -126,28 +127,21 @@ def _flags(
     ]
 
 
-# Arguments that shape the model and are not of TransformerConfig (see `gpt_config_from_args`).
-_OF_THE_MODEL = (
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-    "rotary_percent",
-    "rotary_base",
-)
-
-
 def _model_settings(saved: Namespace) -> dict[str, Any]:
-    """Every saved argument that shapes the model.
+    """Returns every saved argument that Megatron builds the model from.
 
-    ``--use-checkpoint-args`` alone restores a fixed list, from which some are missing (QK norm, for
-    one), and would build another model without a word.
+    These are the fields of its model configuration and whatever else shapes the model.
+    ``--use-checkpoint-args`` alone restores a fixed list that lacks some (QK norm, for one), and
+    would silently build another model.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     layout = {field.name for field in fields(ModelParallelConfig)}
-    names = {field.name for field in fields(TransformerConfig)} - layout - set(CPU_DEFAULTS)
-    names |= {"norm_epsilon", "vocab_size", *_OF_THE_MODEL}
+    names = {field.name for field in fields(TransformerConfig)}
+    names |= {name for name in vars(saved) if shapes_the_model(name)}
+    names -= {*layout, *CPU_DEFAULTS, "topk"}
+    names.add("vocab_size")
     settings = {name: value for name, value in vars(saved).items() if name in names}
     for name, value in settings.items():
         if isinstance(value, StandIn):

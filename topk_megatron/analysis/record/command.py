@@ -51,12 +51,12 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Record, and print how fast it was and how much it wrote."""
     from topk_megatron.analysis.corpus import open_corpus
-    from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.record.run import join_ranks, record
     from topk_megatron.analysis.sources import make_source
+    from topk_megatron.hf.model import open_model
 
     ranks = join_ranks()
-    folder = open_folder(args.model)
+    folder = open_model(args.model)
     source = make_source(folder, layers=args.layers, k=args.k, mode=args.mode, sae=args.sae)
     corpus = open_corpus(
         args.corpus, lambda: folder.tokenizer, documents=args.documents, max_tokens=args.max_tokens

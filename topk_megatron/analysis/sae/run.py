@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 
 from topk_megatron.analysis.corpus import Corpus, check_tokenizer, open_corpus
-from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import record
 from topk_megatron.analysis.result import write_tables
@@ -27,6 +26,7 @@ from topk_megatron.analysis.sources import choose_layers, make_source
 from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.errors import AnalysisError
 from topk_megatron.files import write_json
+from topk_megatron.hf.model import OpenModel, open_model
 
 # Held-out hidden states on which the quality of an SAE is measured, at most.
 _QUALITY_TOKENS = 16384
@@ -64,7 +64,7 @@ def baseline(
     Raises:
         AnalysisError: the model has TopK layers, k is too large, or the corpus too short.
     """
-    folder = open_folder(args.model)
+    folder = open_model(args.model)
     if folder.topk_layers:
         raise AnalysisError(
             f"{args.model} has TopK layers: its neurons need no SAE; give the dense twin"
@@ -92,7 +92,7 @@ def baseline(
 
 def _facts(
     args: Namespace,
-    folder: Folder,
+    folder: OpenModel,
     layers: tuple[int, ...],
     training: SAETraining,
     train: Corpus,
@@ -112,7 +112,7 @@ def _facts(
     }
 
 
-def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
+def _corpus(args: Namespace, folder: OpenModel, documents: str | None) -> Corpus:
     corpus = open_corpus(
         args.corpus, lambda: folder.tokenizer, documents=documents, max_tokens=args.max_tokens
     )
@@ -122,7 +122,7 @@ def _corpus(args: Namespace, folder: Folder, documents: str | None) -> Corpus:
 
 def _train_all(
     args: Namespace,
-    folder: Folder,
+    folder: OpenModel,
     layers: tuple[int, ...],
     training: SAETraining,
     train: Corpus,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from topk_megatron.analysis.corpus import Corpus
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.sources import changing_layers, reading_layers
 from topk_megatron.errors import CheckpointError
+from topk_megatron.hf.model import OpenModel
 
 _LOGGED_STEPS = 50
 # Batches from which the mean norm of the hidden states is estimated before training.
@@ -46,7 +46,7 @@ class SAETraining:
 
 @torch.inference_mode()
 def hidden_states(
-    folder: Folder, corpus: Corpus, layers: tuple[int, ...], tokens: int, seq_length: int
+    folder: OpenModel, corpus: Corpus, layers: tuple[int, ...], tokens: int, seq_length: int
 ) -> dict[int, Tensor]:
     """Return the outputs of layers on the first `tokens` tokens, float32 [tokens, H] each."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -135,7 +135,7 @@ def _batches(states: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def quality(
-    folder: Folder, sae: Any, layer: int, states: Tensor, corpus: Corpus, seq_length: int
+    folder: OpenModel, sae: Any, layer: int, states: Tensor, corpus: Corpus, seq_length: int
 ) -> dict[str, Any]:
     """Measure how well an SAE rebuilds hidden states [tokens, H] that it was not trained on."""
     latents = sae.encode(states)

@@ -49,12 +49,12 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Push, measure, write, and print the means."""
     from topk_megatron.analysis.corpus import check_tokenizer, open_corpus
-    from topk_megatron.analysis.folder import open_folder
     from topk_megatron.analysis.result import write_result
     from topk_megatron.analysis.steer.results import steer
     from topk_megatron.analysis.steer.run import SteerConfig
     from topk_megatron.analysis.study import open_run
     from topk_megatron.errors import AnalysisError
+    from topk_megatron.hf.model import open_model
 
     if args.temperature < 0:
         raise AnalysisError(f"--temperature must be at least 0, got {args.temperature}")
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         bootstrap=args.bootstrap,
     )
     recorded = open_run(args.study, args.name)
-    folder = open_folder(args.model)
+    folder = open_model(args.model)
     corpus = open_corpus(args.corpus, lambda: folder.tokenizer, documents=args.documents)
     check_tokenizer(corpus, folder.path, folder.vocab_size)
     result = steer(config, folder, recorded, corpus)

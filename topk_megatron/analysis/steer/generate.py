@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.sources import changing_layers
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sampling:
     seed: int
 
 
-def pushing(folder: Folder, pushes: Sequence[Push | None]) -> Any:
+def pushing(folder: OpenModel, pushes: Sequence[Push | None]) -> Any:
     """Return a context in which row r of every batch is pushed by pushes[r].
 
     A TopK LM is pushed by its own `intervene`, other models at the output of the layer.
@@ -90,7 +90,7 @@ def _adder(pushes: list[tuple[Push, list[int]]]) -> Any:
 
 @torch.inference_mode()
 def generate(
-    folder: Folder,
+    folder: OpenModel,
     prompts_RP: Tensor,
     pushes: Sequence[Push | None],
     groups: Sequence[int],
@@ -136,7 +136,7 @@ def generate(
 
 
 @torch.inference_mode()
-def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
+def log_losses(folder: OpenModel, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
     """Return the mean loss in nats of each row's new tokens under the unpushed model, [R]."""
     whole = torch.cat([prompts_RP, new_RT], dim=1).to(folder.device)
     logits = folder.model(whole, use_cache=False).logits[:, prompts_RP.shape[1] - 1 : -1]
@@ -148,7 +148,7 @@ def log_losses(folder: Folder, prompts_RP: Tensor, new_RT: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def logit_changes(
-    folder: Folder, prompts_RP: Tensor, pushes: Sequence[Push], base_RV: Tensor | None = None
+    folder: OpenModel, prompts_RP: Tensor, pushes: Sequence[Push], base_RV: Tensor | None = None
 ) -> Tensor:
     """Return how each push changes the next token's logits, mean over prompts, [pushes, V].
 
@@ -165,7 +165,7 @@ def logit_changes(
 
 
 @torch.inference_mode()
-def next_logits(folder: Folder, prompts_RP: Tensor, push: Push | None) -> Tensor:
+def next_logits(folder: OpenModel, prompts_RP: Tensor, push: Push | None) -> Tensor:
     """Return the logits after the last prompt token, float32 [R, V]."""
     with pushing(folder, [push] * len(prompts_RP)):
         return (

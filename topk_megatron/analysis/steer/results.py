@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 
 from topk_megatron.analysis.corpus import Corpus, join_tokens
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.measures import mean_interval
 from topk_megatron.analysis.result import Claim, Result, claim, row
 from topk_megatron.analysis.steer.run import LISTED, SteerConfig, Steered, measure, push_all
@@ -17,6 +16,7 @@ from topk_megatron.analysis.tables import (
     interval_columns,
     percentile_columns,
 )
+from topk_megatron.hf.model import OpenModel
 
 _NEURONS = pa.schema(
     [
@@ -81,7 +81,7 @@ _SUMMARY = pa.schema(
 _MEASURES = ("success", "promoted_success", "damage", "repetition")
 
 
-def steer(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Result:
+def steer(config: SteerConfig, folder: OpenModel, run: Run, corpus: Corpus) -> Result:
     """Push neurons while the model writes.
 
     Args:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from topk_megatron.analysis.corpus import Corpus
 from topk_megatron.analysis.entropy.neurons import telling_tokens
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.steer.generate import (
     Push,
     Sampling,
@@ -30,6 +29,7 @@ from topk_megatron.analysis.steer.generate import (
 )
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 
 LISTED = 10
 _NEAREST = 5
@@ -126,7 +126,7 @@ class Steered:
     changes: Tensor
 
 
-def push_all(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> Steered:
+def push_all(config: SteerConfig, folder: OpenModel, run: Run, corpus: Corpus) -> Steered:
     """Push every subject and its control at every strength.
 
     Raises:
@@ -160,7 +160,7 @@ def push_all(config: SteerConfig, folder: Folder, run: Run, corpus: Corpus) -> S
 
 def _batch(
     config: SteerConfig,
-    folder: Folder,
+    folder: OpenModel,
     subjects: list[Subject],
     prompts: Tensor,
     plan: list[tuple[int, float, bool]],
@@ -183,7 +183,7 @@ def _batch(
     ]
 
 
-def check_model(folder: Folder, run: Run) -> None:
+def check_model(folder: OpenModel, run: Run) -> None:
     """Refuse a run of another model, or one whose neurons are not coordinates of a hidden state."""
     if run.kind == "sae":
         raise AnalysisError(

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.analysis.corpus import open_corpus
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.record.plan import RecordConfig
 from topk_megatron.analysis.record.run import Ranks, record
 from topk_megatron.analysis.sources import make_source
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError, CheckpointError
 from topk_megatron.files import read_object
+from topk_megatron.hf.model import open_model
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def record_trajectory(
     """
     runs = []
     for revision in revisions:
-        folder = open_folder(revision.folder)
+        folder = open_model(revision.folder)
         corpus = open_corpus(
             text.path,
             lambda folder=folder: folder.tokenizer,

@@ -1,8 +1,8 @@
-"""The TopK activation of one layer, and how to read and change what passes it.
+"""The TopK activation of one layer, and how to read and change its output.
 
 A layer's sparse hidden state is the output of its `TopKActivation`. `SparseStates` records it as
-values and indices, an `Intervention` changes one neuron of it. Both are put in place by the
-context managers of the model (`sparse_states`, `intervene`) and are gone when those end.
+values and indices; an `Intervention` changes one neuron of it. The context managers of the model
+(`sparse_states`, `intervene`) install both, and remove them when they end.
 
 Shapes: b rows of a batch, s positions of one forward pass, H neurons, k survivors.
 """
@@ -23,7 +23,7 @@ SITES = ("residual", "mlp")
 
 @dataclass(frozen=True)
 class Intervention:
-    """A change of one neuron at one TopK layer, made after the TopK; the rest stays bitwise equal.
+    """A change of one neuron at one TopK layer, after the TopK; the rest stays bitwise equal.
 
     The changed state is not made sparse again: a neuron that did not survive can be switched on.
 
@@ -31,12 +31,12 @@ class Intervention:
         layer: number of the layer, from 0.
         neuron: coordinate of H (or of the MLP's intermediate size at the MLP site).
         op: ``set`` to the value, ``add`` it, ``scale`` by it, or ``ablate`` (set to 0).
-        value: what to set, add or scale by; None for ``ablate`` only.
-        positions: only at these positions, counted from each row's first token that is not
-            padding; they stay the same while text is generated with a cache. None is everywhere.
-        tokens: only where the input token is one of these.
-        rows: only in these rows of the batch (with beams or several returned sequences, rows of
-            the expanded batch).
+        value: the number to set, add or scale by; None for ``ablate`` only.
+        positions: change only these positions, counted from each row's first token that is not
+            padding; they stay the same during generation with a cache. None is everywhere.
+        tokens: change only positions whose input token is one of these.
+        rows: change only these rows of the batch (with beams or several returned sequences, rows
+            of the expanded batch).
         site: ``residual`` or ``mlp``.
     """
 
@@ -59,20 +59,20 @@ class Intervention:
             raise ValueError(f"op {self.op!r} {needs}, got {self.value!r}")
 
     def changed(self, old: Tensor) -> Tensor:
-        """The neuron's new values [b, s] from its old ones."""
+        """Return the neuron's new values [b, s] from its old ones."""
         value = self.value or 0.0
         if self.op == "add":
-            # Adding 0 would turn -0 into +0; nothing may change then.
+            # Adding 0 must change nothing, and would turn -0 into +0.
             return old + value if value else old
         return old * value if self.op == "scale" else torch.full_like(old, value)
 
 
 @dataclass
 class Batch:
-    """Where the running forward pass is; set before each one by the model's context managers.
+    """Tokens and positions of the running forward pass, set before each pass by `intervene`.
 
     Attributes:
-        tokens: int64 [b, s], None if the model was given embeddings.
+        tokens: int64 [b, s]; None if the model was given embeddings.
         positions: int64 [b, s], from each row's first real token; negative on padding before it.
     """
 
@@ -80,7 +80,7 @@ class Batch:
     positions: Tensor | None = None
 
     def where(self, change: Intervention, like: Tensor) -> Tensor | None:
-        """Boolean [b, s] of the places that `change` is for; None is everywhere."""
+        """Return a mask [b, s] of the places that `change` is for; None is everywhere."""
         masks = []
         if change.positions is not None:
             wanted = torch.as_tensor(list(change.positions), device=like.device)
@@ -88,7 +88,7 @@ class Batch:
         if change.tokens is not None:
             if self.tokens is None:
                 raise ValueError(
-                    "an intervention on tokens needs input_ids, and the model was given "
+                    "an intervention on tokens needs input_ids, but the model was given "
                     "inputs_embeds; use positions"
                 )
             wanted = torch.as_tensor(list(change.tokens), device=like.device)
@@ -112,9 +112,10 @@ class TopKActivation(nn.Module):
     """Keeps the k largest of H coordinates; has no parameters.
 
     Attributes:
-        layer: number of the layer, from 0; None in an expert, whose rows are not positions.
-        edits: interventions in force, in the order of their making.
-        readers: called with (layer, values [b, s, n], indices int64 [b, s, n]) of what leaves.
+        layer: number of the layer, from 0; None in an expert, where rows are not positions.
+        edits: interventions in force, in the order in which they are applied.
+        readers: functions that take the layer, the output's values [b, s, n], and its indices
+            int64 [b, s, n].
     """
 
     def __init__(self, layer: int | None, k: int, mode: str, groups: int | None = None) -> None:
@@ -124,7 +125,7 @@ class TopKActivation(nn.Module):
         self.readers: list[Reader] = []
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """x [..., H] to y [..., H]."""
+        """Return y [..., H] for x [..., H]."""
         if not self.edits and not self.readers:
             return self._flat(select(self._grouped(hidden_states), self._group_k, self.mode))
         y, indices = self._select_with_indices(hidden_states)
@@ -171,9 +172,9 @@ class TopKActivation(nn.Module):
 
 
 def _gather(y: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values and indices of a state; with interventions S grows by the neurons they touched.
+    """Return values and indices of a state, with the neurons that interventions touched.
 
-    Rows that hold fewer than the widest one are filled with index -1 and value 0.
+    Rows with fewer neurons than the widest row end in index -1 and value 0.
     """
     if mask is not None:
         counts = mask.sum(dim=-1, keepdim=True)
@@ -188,44 +189,46 @@ def _gather(y: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class SparseState:
-    """The states of one layer.
+    """The hidden states of one layer.
 
     Attributes:
-        values: [b, s, k], in the model's dtype; s counts all forward passes, one after the other.
-        indices: int64 [b, s, k], the neurons they belong to, ascending. Under interventions a row
-            can have more than k; shorter rows end in index -1 and value 0.
+        values: [b, s, k], in the model's dtype; s runs over all forward passes in order.
+        indices: int64 [b, s, k], the neurons that have these values, ascending. Under
+            interventions a row can have more than k; shorter rows end in index -1 and value 0.
     """
 
     values: Tensor
     indices: Tensor
 
     def to_dense(self, size: int) -> Tensor:
-        """The hidden state [b, s, size]."""
+        """Return the hidden state [b, s, size]."""
         dense = self.values.new_zeros((*self.values.shape[:-1], size + 1))
         return dense.scatter(-1, self.indices % (size + 1), self.values)[..., :size]
 
 
 class SparseStates(Mapping[int, SparseState]):
-    """What passed the TopK layers while it was recording, by layer number."""
+    """A recording of the TopK layers' outputs, by layer number."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
     def read(self, layer: int, values: Tensor, indices: Tensor) -> None:
-        """Take one forward pass; the recording does not hold its graph."""
+        """Record one forward pass, without its graph."""
         self._parts[layer].append((values.detach(), indices))
 
     def clear(self) -> None:
-        """Forget what was recorded, so that a long run need not hold it."""
+        """Forget the recording, so that a long run does not fill the memory."""
         for parts in self._parts.values():
             parts.clear()
 
     def __getitem__(self, layer: int) -> SparseState:
         if layer not in self._parts:
-            raise KeyError(f"layer {layer} was not recorded; recorded are {list(self._parts)}")
+            raise KeyError(
+                f"layer {layer} was not recorded; recorded layers are {list(self._parts)}"
+            )
         parts = self._parts[layer]
         if not parts:
-            raise KeyError(f"layer {layer}: nothing has passed yet; run the model in the context")
+            raise KeyError(f"layer {layer} has no recording yet; run the model inside the context")
         width = max(indices.shape[-1] for _, indices in parts)
         padded = [_widen(values, indices, width) for values, indices in parts]
         values, indices = (torch.cat(column, dim=1) for column in zip(*padded, strict=True))
@@ -245,7 +248,7 @@ def _widen(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def installed(lists: Sequence[tuple[list[Any], Any]]) -> Iterator[None]:
-    """Append each item to its list, and take exactly these out again at the end."""
+    """Append each item to its list, and remove exactly these items at the end."""
     for target, item in lists:
         target.append(item)
     try:

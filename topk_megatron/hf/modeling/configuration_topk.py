@@ -1,7 +1,7 @@
 """Configuration of an exported TopK language model (arXiv 2506.21468).
 
-Every setting is explicit and checked: a checkpoint whose configuration lacks one is refused, since
-a default would quietly make another model of it. Serves transformers 4.57 and 5.x.
+Every TopK setting is explicit and checked. A configuration that lacks one is refused, because a
+default would silently give another model. Works with transformers 4.57 and 5.x.
 """
 
 from typing import Any
@@ -23,23 +23,23 @@ class TopKLMConfig(PretrainedConfig):
 
     Args:
         topk: the TopK settings, with exactly these keys: ``site`` (residual, mlp or both), ``k``
-            (neurons kept at the residual site), ``layers`` (numbers from 0; none is the dense
-            model), ``mode`` (value or abs), ``mlp_k`` and ``mlp_groups`` (of the MLP site, else
+            (neurons kept at the residual site), ``layers`` (numbers from 0; a dense model has
+            none), ``mode`` (value or abs), ``mlp_k`` and ``mlp_groups`` (for the MLP site, else
             None).
-        vocab_size: tokens, without the padding that tensor parallelism adds.
+        vocab_size: number of tokens, without the padding that tensor parallelism adds.
         normalization: RMSNorm or LayerNorm, everywhere in the model.
-        norm_eps: of every norm.
-        gated_mlp: ``down(act(gate(x)) * up(x))`` rather than ``down(act(up(x)))``.
-        qk_norm: a norm over head_dim of queries and keys, before the rotation.
-        rotary_interleaved: rotate pairs (0, 1), (2, 3), … and not (i, i + d / 2).
-        moe_layers: layers whose MLP is a mixture of `num_experts` experts.
-        router_pre_softmax: softmax over all experts, of which the chosen keep their share.
+        norm_eps: epsilon of every norm.
+        gated_mlp: whether an MLP is ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
+        qk_norm: whether queries and keys have a norm over head_dim, before the rotation.
+        rotary_interleaved: whether to rotate pairs (0, 1), (2, 3), …, else (i, i + d / 2).
+        moe_layers: layers that have a mixture of `num_experts` experts as their MLP.
+        router_pre_softmax: whether the softmax is over all experts and not only over the chosen.
 
     The other arguments are Llama's. ``rope_parameters`` (transformers 5) and ``rope_theta`` with
     ``rope_scaling`` (transformers 4) are both written.
 
     Raises:
-        ValueError: a setting is missing or out of its domain; names it.
+        ValueError: names a setting that is missing or out of its domain.
     """
 
     model_type = "topk_lm"
@@ -129,19 +129,19 @@ class TopKLMConfig(PretrainedConfig):
         tokens = (bos_token_id, eos_token_id, pad_token_id)
         shared = dict(zip(_TOKENS, tokens, strict=True), tie_word_embeddings=tie_word_embeddings)
         super().__init__(**shared, **kwargs)
-        # transformers 4 keeps them to itself where they are None.
+        # transformers 4 does not set them where they are None.
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id = pad_token_id
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything that shapes the model, also where it equals some version's default."""
+        """Return everything that shapes the model, even where it equals some version's default."""
         settings = super().to_diff_dict()
         settings.pop("_explicit", None)
         settings.update({name: getattr(self, name) for name in self._explicit})
         return {**settings, "rope_scaling": self._scaling(self.rope_parameters)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does it, without our own bookkeeping."""
+        """Return the settings as transformers does, without our own bookkeeping."""
         settings = super().to_dict()
         settings.pop("_explicit", None)
         return settings
@@ -152,32 +152,32 @@ class TopKLMConfig(PretrainedConfig):
         scaling: dict[str, Any] | None,
         parameters: dict[str, Any] | None,
     ) -> None:
-        """Hold both spellings: 5.x reads one, 4.57 silently takes 10000 without the other."""
-        told = dict(parameters or {})
+        """Set both spellings: 5.x reads one, and 4.57 silently takes 10000 without the other."""
+        given = dict(parameters or {})
         if theta is None:
-            theta = told.get("rope_theta")
+            theta = given.get("rope_theta")
         if theta is None:
             raise ValueError("rope_theta is missing; write it, or rope_parameters with it")
-        if told.get("rope_theta", theta) != theta:
+        if given.get("rope_theta", theta) != theta:
             raise ValueError(
-                f"rope_theta is {theta} and rope_parameters says {told['rope_theta']}; make them "
+                f"rope_theta is {theta} and rope_parameters says {given['rope_theta']}; make them "
                 "equal"
             )
         own = {"rope_theta", "partial_rotary_factor", "type"}
-        told = {name: value for name, value in (told or scaling or {}).items() if name not in own}
-        told.setdefault("rope_type", (scaling or {}).get("type", "default"))
-        if told["rope_type"] not in _ROPE_TYPES:
+        given = {name: value for name, value in (given or scaling or {}).items() if name not in own}
+        given.setdefault("rope_type", (scaling or {}).get("type", "default"))
+        if given["rope_type"] not in _ROPE_TYPES:
             raise ValueError(
-                f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {told['rope_type']!r}"
+                f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {given['rope_type']!r}"
             )
         self.rope_theta = theta
-        self.rope_parameters = {**told, "rope_theta": theta}
+        self.rope_parameters = {**given, "rope_theta": theta}
         if not hasattr(PretrainedConfig, "rope_scaling"):  # in 5.x another name of rope_parameters
             self.rope_scaling = self._scaling(self.rope_parameters)
 
     @staticmethod
     def _scaling(parameters: dict[str, Any]) -> dict[str, Any] | None:
-        """transformers 4's part of `rope_parameters`: None without a scaling."""
+        """Return transformers 4's part of `rope_parameters`: None without a scaling."""
         if parameters["rope_type"] == "default":
             return None
         own = ("rope_theta", "partial_rotary_factor")
@@ -208,7 +208,7 @@ class TopKLMConfig(PretrainedConfig):
             found = (sorted(topk) if isinstance(topk, dict) else topk) or "nothing"
             raise ValueError(
                 f"topk must have exactly the keys {', '.join(TOPK_KEYS)}, got {found}; this is not "
-                "the configuration of a TopK language model, or it was edited"
+                "the configuration of a TopK language model, or somebody edited it"
             )
         if topk["site"] not in ("residual", "mlp", "both"):
             raise ValueError(f"topk.site must be residual, mlp or both, got {topk['site']!r}")
@@ -224,7 +224,7 @@ class TopKLMConfig(PretrainedConfig):
                 _check_mlp(topk, name, size)
 
     def _mlp_sizes(self) -> list[tuple[str, int]]:
-        """Inner dimensions of the MLPs that have a TopK, with the fields that set them."""
+        """Return inner dimensions of the MLPs with a TopK, and the fields that set them."""
         layers, moe = set(self.topk["layers"]), set(self.moe_layers)
         sizes = [("intermediate_size", self.intermediate_size)] if layers - moe else []
         if layers & moe:

@@ -1,8 +1,8 @@
 """The parts of a decoder layer: norm, attention, MLP, mixture of experts, and the TopK at its end.
 
-They compute what Megatron-Core's layers compute, in the same order of operations, for everything
-that `configuration_topk` can say. Shapes: b rows, s positions, h hidden size, f intermediate size,
-E experts.
+They compute what Megatron-Core's layers compute, in the same order of operations, for every
+configuration that `configuration_topk` accepts. Shapes: b rows, s positions, h hidden size,
+f intermediate size, E experts.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ from .configuration_topk import TopKLMConfig
 
 
 def make_norm(config: TopKLMConfig, size: int) -> nn.Module:
-    """torch's RMSNorm or LayerNorm over the last dimension."""
+    """Return torch's RMSNorm or LayerNorm over the last dimension."""
     kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(size, eps=config.norm_eps)
 
 
-class TopKRotaryEmbedding(LlamaRotaryEmbedding):
+class TopKLMRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's cosines and sines over the rotated part of head_dim, with its scalings."""
 
     @staticmethod
     def compute_default_rope_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
         config: TopKLMConfig, device: Any = None, seq_len: int | None = None, **_: Any
     ) -> tuple[Tensor, float]:
-        """Inverse frequencies of plain RoPE; transformers 5 asks the model for them."""
+        """Return inverse frequencies of plain RoPE; transformers 5 asks the model for them."""
         size = int(config.head_dim * config.partial_rotary_factor)
         exponents = torch.arange(0, size, 2, dtype=torch.int64).to(dtype=torch.float, device=device)
         return 1.0 / (config.rope_theta ** (exponents / size)), 1.0
@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     turned, rest = x[..., :size], x[..., size:]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if interleaved:
-        # cos and sin hold each angle twice, as two halves; pairs want neighbours.
+        # cos and sin hold each angle twice, as two halves; pairs need neighbours.
         cos, sin = (t[..., : size // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
         half = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:
@@ -54,7 +54,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-class TopKAttention(nn.Module):
+class TopKLMAttention(nn.Module):
     """Causal self-attention with grouped queries and, if set, norms of queries and keys."""
 
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
@@ -86,7 +86,7 @@ class TopKAttention(nn.Module):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[b, s, h] to [b, s, h], and the attention weights where the implementation has them."""
+        """Return [b, s, h], and the attention weights where the implementation has them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape)
         key = self.k_proj(hidden_states).view(shape)
@@ -97,7 +97,7 @@ class TopKAttention(nn.Module):
         query = rotate(query.transpose(1, 2), *position_embeddings, interleaved=interleaved)
         key = rotate(key.transpose(1, 2), *position_embeddings, interleaved=interleaved)
         if past_key_values is not None:
-            # transformers 4 needs the place in a static cache, 5 keeps it in the cache itself.
+            # transformers 4 needs the place in a static cache; 5 keeps it in the cache.
             where = () if cache_position is None else ({"cache_position": cache_position},)
             key, value = past_key_values.update(key, value, self.layer_idx, *where)
         attend: Callable[..., Any] = eager_attention_forward
@@ -132,7 +132,7 @@ class TopKMLP(nn.Module):
             self.topk = topk
 
     def forward(self, hidden_states: Tensor, scale: Tensor | None = None) -> Tensor:
-        """[..., h] to [..., h]; `scale` [..., 1] weighs an expert's output, its bias included."""
+        """Return [..., h]; `scale` [..., 1] weighs an expert's output, its bias included."""
         if self.gated:
             hidden = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         else:
@@ -146,8 +146,8 @@ class TopKMLP(nn.Module):
         return output if self.down_proj.bias is None else output + self.down_proj.bias * scale
 
 
-class TopKRouter(nn.Module):
-    """Chooses experts for each token, as Megatron's `topk_routing_with_score_function`."""
+class TopKLMRouter(nn.Module):
+    """Chooses experts for each token, as Megatron's `topk_routing_with_score_function` does."""
 
     def __init__(self, config: TopKLMConfig) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class TopKRouter(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, h] to weights [n, experts a token] and expert numbers int64 of the same shape."""
+        """Return weights [n, experts per token] and expert numbers, int64 of the same shape."""
         logits = nn.functional.linear(hidden_states, self.weight)
         count = self.config.num_experts_per_tok
         if self.config.router_score_function == "sigmoid":
@@ -181,12 +181,12 @@ class TopKRouter(nn.Module):
 
 
 class TopKMoE(nn.Module):
-    """A mixture of experts without dropped tokens, and an expert that every token passes."""
+    """A mixture of experts without dropped tokens, and perhaps an expert for every token."""
 
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
         super().__init__()
         size = config.moe_intermediate_size or config.intermediate_size
-        self.gate = TopKRouter(config)
+        self.gate = TopKLMRouter(config)
         self.experts = nn.ModuleList(
             TopKMLP(config, size, mlp_topk(config, layer_idx, expert=True))
             for _ in range(config.num_experts)
@@ -196,7 +196,7 @@ class TopKMoE(nn.Module):
             self.shared_expert = TopKMLP(config, config.shared_expert_intermediate_size, activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[b, s, h] to [b, s, h]."""
+        """Return [b, s, h]."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, chosen = self.gate(rows)
         output = torch.zeros_like(rows)
@@ -212,7 +212,7 @@ class TopKMoE(nn.Module):
 
 
 def mlp_topk(config: TopKLMConfig, layer_idx: int, *, expert: bool) -> TopKActivation | None:
-    """The TopK inside a layer's MLP, if it has one."""
+    """Return the TopK inside a layer's MLP; None if it has none."""
     topk = config.topk
     if topk["site"] == "residual" or layer_idx not in topk["layers"]:
         return None
@@ -226,7 +226,7 @@ class TopKDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TopKLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.hidden_size = config.hidden_size
-        self.self_attn = TopKAttention(config, layer_idx)
+        self.self_attn = TopKLMAttention(config, layer_idx)
         if layer_idx in config.moe_layers:
             self.mlp: nn.Module = TopKMoE(config, layer_idx)
         else:
@@ -238,7 +238,7 @@ class TopKDecoderLayer(GradientCheckpointingLayer):
             self.topk = TopKActivation(layer_idx, config.topk["k"], config.topk["mode"])
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[b, s, h] to [b, s, h], sparse at a TopK layer."""
+        """Return [b, s, h], sparse at a TopK layer."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

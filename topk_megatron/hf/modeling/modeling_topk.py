@@ -1,4 +1,4 @@
-"""The TopK language model for transformers 4.57 and 5.x; opens without any other package.
+"""The TopK language model for transformers 4.57 and 5.x, which needs no other package.
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     with model.sparse_states() as states:
@@ -8,7 +8,7 @@
         model.generate(...)
 
 Caching, masks, generation and the loss are Llama's own code; the layers are in `layers_topk`.
-transformers 4 copies only files that this one imports itself: every sibling must be among them.
+transformers 4 copies only the files that this one imports itself, so it must import every sibling.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,10 +33,10 @@ from .activation_topk import (
 )
 from .configuration_topk import TopKLMConfig
 from .layers_topk import (
-    TopKAttention,
     TopKDecoderLayer,
-    TopKRotaryEmbedding,
-    TopKRouter,
+    TopKLMAttention,
+    TopKLMRotaryEmbedding,
+    TopKLMRouter,
     make_norm,
 )
 from .selection_topk import FUSED
@@ -52,37 +52,37 @@ __all__ = [
 
 
 class TopKLMPreTrainedModel(LlamaPreTrainedModel):
-    """What transformers wants to know about the architecture."""
+    """What transformers needs to know about the architecture."""
 
     config_class = TopKLMConfig
-    # Whether topk_megatron's operator selects; without it the definition does, with equal results.
+    # Whether topk_megatron's operator selects, or the definition, with equal results.
     fused_topk = FUSED
     _no_split_modules = ("TopKDecoderLayer",)
-    _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": TopKDecoderLayer, "attentions": TopKLMAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TopKRouter):
+        if isinstance(module, TopKLMRouter):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @property
     def topk_layers(self) -> tuple[int, ...]:
-        """Layers whose output is sparse, from 0; empty for a dense model."""
+        """The layers with a sparse output, from 0; empty for a dense model."""
         return tuple(self._activations("residual"))
 
     @contextmanager
     def sparse_states(
         self, layers: Sequence[int] | None = None, *, site: str = "residual"
     ) -> Iterator[SparseStates]:
-        """Record the sparse states of everything that runs inside, `generate` included.
+        """Record the sparse states of every forward pass in the block, including `generate`.
 
         Args:
-            layers: which TopK layers, from 0; None is all of them.
+            layers: TopK layers to record, from 0; None records all of them.
             site: ``residual``, or ``mlp`` for the TopK inside the MLPs.
 
         Raises:
-            ValueError: a layer that has no TopK at this site, or gradient checkpointing, which
+            ValueError: a layer has no TopK at this site, or gradient checkpointing is on, which
                 would record every state twice.
         """
         activations = self._activations(site)
@@ -94,13 +94,14 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
 
     @contextmanager
     def intervene(self, *interventions: Intervention) -> Iterator[None]:
-        """Change neurons in everything that runs inside, `generate` included.
+        """Change neurons in every forward pass in the block, including `generate`.
 
-        Several changes of one neuron are made in the order given; contexts can be nested. Keep the
-        context open until the backward pass is over, if there is one.
+        Several changes of one neuron are made in the given order, and contexts can be nested. If
+        there is a backward pass, keep the context open until it ends.
 
         Raises:
-            ValueError: a layer without TopK, a neuron out of range, or gradient checkpointing.
+            ValueError: a layer has no TopK, a neuron is out of range, or gradient checkpointing
+                is on.
         """
         self._check_ready()
         batch = Batch()
@@ -122,7 +123,7 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
             hook.remove()
 
     def _activations(self, site: str) -> dict[int, TopKActivation]:
-        """The TopK activations of one site by layer; those inside experts are not among them."""
+        """Return the TopK activations of one site by layer, without those inside experts."""
         layers: Any = getattr(self, self.base_model_prefix, self).layers
         holders = [layer.mlp if site == "mlp" else layer for layer in layers]
         return {n: holder.topk for n, holder in enumerate(holders) if hasattr(holder, "topk")}
@@ -132,7 +133,7 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
         if layer not in activations:
             known = ", ".join(map(str, activations)) or "none: the model is dense there"
             raise ValueError(
-                f"layer {layer} has no TopK at the {site} site; those that have: {known}"
+                f"layer {layer} has no TopK at the {site} site; layers that have one: {known}"
             )
         return layer
 
@@ -141,13 +142,13 @@ class TopKLMPreTrainedModel(LlamaPreTrainedModel):
             getattr(m, "gradient_checkpointing", False) for m in self.modules()
         ):
             raise ValueError(
-                "gradient checkpointing runs layers twice, the second time perhaps after this "
-                "context; call model.gradient_checkpointing_disable() or model.eval() first"
+                "gradient checkpointing runs layers twice, perhaps the second time after this "
+                "context ends; call model.gradient_checkpointing_disable() or model.eval() first"
             )
 
 
 def _announce(batch: Batch) -> Any:
-    """A hook that tells `batch` where the coming forward pass is."""
+    """Return a hook that sets the tokens and positions of the next forward pass in `batch`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -181,7 +182,7 @@ class TopKLMModel(TopKLMPreTrainedModel, LlamaModel):
             TopKDecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
-        self.rotary_emb = TopKRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
+        self.rotary_emb = TopKLMRotaryEmbedding(config=config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()
 

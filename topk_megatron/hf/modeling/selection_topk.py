@@ -1,8 +1,8 @@
-"""Which neurons survive: the fused operator of topk_megatron, or its definition where it is not.
+"""Which neurons survive: topk_megatron's fused operator where it is installed, else its definition.
 
 S holds the k coordinates of the last dimension with the largest key (the value, or its magnitude);
 ties go to the lowest index, +0 and -0 are equal, NaN is larger than everything. Both ways select
-the same S and leave the survivors bitwise as they are.
+the same S and leave the survivors bitwise unchanged.
 """
 
 import torch
@@ -17,7 +17,7 @@ FUSED = topk_mask is not None
 
 
 def select(x: Tensor, k: int, mode: str) -> Tensor:
-    """x [..., H] with all but its k largest coordinates of each row set to +0."""
+    """Return x [..., H] with all but the k largest coordinates of each row set to +0."""
     if k >= x.shape[-1]:
         return x
     if topk_mask is not None:
@@ -26,7 +26,7 @@ def select(x: Tensor, k: int, mode: str) -> Tensor:
 
 
 def select_with_indices(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Like `select`, and S as int64 indices [..., min(k, H)], ascending in each row."""
+    """Return what `select` does, and S as int64 indices [..., min(k, H)], ascending per row."""
     size = x.shape[-1]
     if k >= size:
         return x, torch.arange(size, device=x.device).expand(x.shape)

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import open_model
 from topk_megatron.web.explorer.security import LOCAL_NAMES
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         ) from error
     if not 0 < args.port < 65536:
         raise AnalysisError(f"--port must be from 1 to 65535, got {args.port}")
-    engine = open_engine(open_folder(args.model), args.study, args.run)
+    engine = open_engine(open_model(args.model), args.study, args.run)
     app = make_app(engine, (*LOCAL_NAMES, args.host, *args.allow_host))
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"topk-explorer: http://{shown}:{args.port}/  (Ctrl-C ends it)", flush=True)

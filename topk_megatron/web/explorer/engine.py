@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from topk_megatron.analysis.corpus import join_tokens, token_texts
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.promoted import directions_of
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.web.explorer.requests import (
     MAX_CHARACTERS,
     MAX_NEW_TOKENS,
@@ -46,7 +46,7 @@ class Engine:
         CheckpointError: the model or its tokenizer cannot be loaded.
     """
 
-    def __init__(self, folder: Folder, study: StudyCards | None = None) -> None:
+    def __init__(self, folder: OpenModel, study: StudyCards | None = None) -> None:
         if not folder.topk_layers:
             raise AnalysisError(
                 f"the model in {folder.path} has no TopK layers to explore; give a TopK LM"
@@ -223,7 +223,7 @@ def _tokens_of(card: dict[str, Any] | None) -> set[int]:
     return found | {token for token, _ in pairs}
 
 
-def open_engine(folder: Folder, study: Path | None, run: str | None) -> Engine:
+def open_engine(folder: OpenModel, study: Path | None, run: str | None) -> Engine:
     """The engine of a folder, with the study of it."""
     engine = Engine(folder)
     if study is not None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from topk_megatron.analysis.folder import Folder
 from topk_megatron.analysis.study import list_runs, open_run
 from topk_megatron.errors import AnalysisError
+from topk_megatron.hf.model import OpenModel
 from topk_megatron.web.report.measures import collect_measures
 from topk_megatron.web.report.summary import missing_parts
 from topk_megatron.web.shared.cards import Card, CardReader
@@ -27,7 +27,7 @@ class StudyCards:
         AnalysisError: the study has no run of this model.
     """
 
-    def __init__(self, study: Path, run: str | None, folder: Folder) -> None:
+    def __init__(self, study: Path, run: str | None, folder: OpenModel) -> None:
         name = run or _run_of(study, folder)
         self.run = open_run(study, name)
         if self.run.manifest["model"]["fingerprint"] != folder.fingerprint():
@@ -69,7 +69,7 @@ class StudyCards:
         return found
 
 
-def _run_of(study: Path, folder: Folder) -> str:
+def _run_of(study: Path, folder: OpenModel) -> str:
     fingerprint = folder.fingerprint()
     for name in list_runs(study):
         manifest = open_run(study, name).manifest

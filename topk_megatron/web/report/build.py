@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from topk_megatron.analysis.folder import open_folder
 from topk_megatron.analysis.promoted import read_directions
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError, UserError
+from topk_megatron.hf.model import open_model
 from topk_megatron.web.report.measures import collect_measures
 from topk_megatron.web.report.page import block, write_page
 from topk_megatron.web.report.summary import choose_run, summarise
@@ -104,7 +104,7 @@ def _directions(config: ReportConfig, run: Run) -> list[list[Any]]:
     if run.kind == "sae":
         raise AnalysisError("latents of a SAE are not coordinates of the hidden state")
     path = config.model or Path(run.manifest["model"]["path"])
-    folder = open_folder(path)
+    folder = open_model(path)
     if folder.hidden_size != run.width or folder.vocab_size != run.vocab_size:
         raise AnalysisError(
             f"the model in {path.name} has {folder.hidden_size} neurons and "

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from topk_megatron.hf.splits import SPLITS
+from topk_megatron.hf.pieces import SPLITS
 
 CONFIG = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 10}
 

@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.analysis.browser import chromium
-from tests.analysis.studies import Invention
+from tests.web.browser import chromium
+from tests.web.studies import Invention
 from topk_megatron.web.report import ReportConfig, write_report
 
 _TIMES = """() => ({

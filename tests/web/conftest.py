@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.analysis.conftest import HIDDEN, VOCAB, make_model, make_tokenizer
-from tests.analysis.studies import Invention
+from tests.web.studies import Invention
 from topk_megatron.analysis.folder import Folder, open_folder
 from topk_megatron.web.explorer.app import make_app
 from topk_megatron.web.explorer.engine import Engine, open_engine

@@ -13,7 +13,7 @@ from topk_megatron.errors import AnalysisError
 from topk_megatron.web.explorer.app import make_app
 from topk_megatron.web.explorer.command import main
 from topk_megatron.web.explorer.engine import Engine, open_engine
-from topk_megatron.web.explorer.requests import MAX_BODY, MAX_CHARACTERS
+from topk_megatron.web.explorer.parsing import MAX_BODY, MAX_CHARACTERS
 from topk_megatron.web.explorer.security import host_name
 
 PROMPT = "word5 word9 word70 word9"
@@ -90,10 +90,10 @@ def test_steering_by_nothing_changes_nothing(client: Any) -> None:
     [
         ("read", {"prompt": "  "}, "type a prompt first"),
         ("read", {"prompt": 5}, "type a prompt first"),
-        ("read", {"prompt": "\ud800"}, "lone surrogate"),
+        ("read", {"prompt": "\ud800"}, "half a character (a lone surrogate)"),
         ("read", {"prompt": "x" * (MAX_CHARACTERS + 1)}, "at most 4,000 are read"),
         ("read", {"prompt": "word5 " * 40}, "has 40 tokens; 1 to 31 can be read"),
-        ("neuron", {"layer": 2}, "layer 2 has no TopK; those that have: 0, 1"),
+        ("neuron", {"layer": 2}, "layer 2 has no TopK; the layers that have one are 0, 1"),
         ("neuron", {"layer": 3}, "layer must be a whole number from 0 to 2, got 3"),
         ("neuron", {"neuron": 32}, "neuron must be a whole number from 0 to 31, got 32"),
         ("neuron", {"neuron": -1}, "from 0 to 31"),
@@ -102,7 +102,7 @@ def test_steering_by_nothing_changes_nothing(client: Any) -> None:
         ("steer", {"value": "3"}, "value must be a number"),
         ("steer", {"value": 1e9}, "value must be a number from -10000 to 10000"),
         ("steer", {"new_tokens": 129}, "new_tokens must be a whole number from 1 to 128"),
-        ("steer", {"new_tokens": 30}, "1 to 2 can be read with 30 to generate"),
+        ("steer", {"new_tokens": 30}, "1 to 2 can be read when 30 are to be generated"),
         ("steer", {"temperature": -1}, "temperature must be a number from 0 to 5"),
         ("steer", {"seed": 2**40}, "seed must be"),
     ],

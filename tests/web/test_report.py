@@ -1,4 +1,4 @@
-"""A study as one HTML file, driven in a browser."""
+"""The report of a study, opened in a browser."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def _place(row: Any) -> int:
     return int(row.get_attribute("data-place"))
 
 
-def test_report_asks_nothing_of_a_network_and_runs_no_script_but_its_own(page: Any) -> None:
+def test_report_uses_no_network_and_runs_only_its_own_scripts(page: Any) -> None:
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.reload()
@@ -209,7 +209,7 @@ def test_narrow_screen_does_not_scroll_sideways(browser: Any, report: Path) -> N
         page.set_viewport_size(size)
         page.wait_for_selector("html[data-ready=all]")
         page.wait_for_selector("#card[data-neuron='3']")
-        # Plots take their new width a moment after the window did.
+        # Plots take their new width a moment after the window does.
         page.wait_for_function("document.documentElement.scrollWidth <= 390")
 
 
@@ -251,7 +251,7 @@ def test_damaged_studies_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_data_of_a_report_are_never_markup(report: Path) -> None:
+def test_data_in_a_report_are_never_markup(report: Path) -> None:
     text = report.read_text()
     blocks = re.findall(r'<script type="text/plain" id="([^"]+)">(.*?)</script>', text)
     assert {"summary", "vocabulary", "tops", "directions", "cards-0-0", "plotly"} <= {

@@ -41,19 +41,19 @@ class Engine:
 
     Args:
         folder: an exported folder of a TopK LM.
-        study: cards of its neurons; None shows only what the model itself says.
+        cards: cards of its neurons; None shows only what the model itself says.
 
     Raises:
         AnalysisError: the model has no TopK layers.
         CheckpointError: the model or its tokenizer cannot be loaded.
     """
 
-    def __init__(self, folder: Folder, study: CardReader | None = None) -> None:
+    def __init__(self, folder: Folder, cards: CardReader | None = None) -> None:
         if not folder.topk_layers:
             raise AnalysisError(
                 f"the model in {folder.path} has no TopK layers to explore; give a TopK LM"
             )
-        self.folder, self.study = folder, study
+        self.folder, self.cards = folder, cards
         self.model, self.tokenizer = folder.model, folder.tokenizer
         self.texts = token_texts(self.tokenizer, folder.vocab_size)
         self._model_lock, self._generating = threading.Lock(), threading.Lock()
@@ -79,9 +79,9 @@ class Engine:
         }
 
     def _study_name(self) -> str | None:
-        if self.study is None:
+        if self.cards is None:
             return None
-        return f"{self.study.study.resolve().name}, run {self.study.run.name}"
+        return f"{self.cards.study.resolve().name}, run {self.cards.run.name}"
 
     def read(self, prompt: str) -> dict[str, Any]:
         """Returns the strongest neurons of every layer at every token of the prompt."""
@@ -103,8 +103,8 @@ class Engine:
         values, indices = self._states(tokens, (layer,))[layer]
         own = torch.where(indices == neuron, values, 0.0).sum(dim=-1)
         promoted, suppressed = self._directions.top(neuron, neuron + 1, _DIRECTION_TOKENS)
-        card = self.study.card(layer, neuron) if self.study else None
-        measures = self.study.measured(layer, neuron) if self.study else []
+        card = self.cards.card(layer, neuron) if self.cards else None
+        measures = self.cards.measured(layer, neuron) if self.cards else []
         largest = next((one["value"] for one in measures if one["key"] == "max"), None)
         unit = largest if largest and largest > 0 else float(values.abs().max()) or 1.0
         known = {token for token, _ in promoted[0] + suppressed[0]} | tokens_of(card or {})
@@ -117,7 +117,7 @@ class Engine:
             else "the largest value at this layer in the prompt",
             "card": card,
             "measures": measures,
-            "missing": self.study.missing if self.study else {},
+            "missing": self.cards.missing if self.cards else {},
             "vocabulary": {token: self.texts[token] for token in sorted(known)},
         }  # fmt: skip
 
@@ -235,7 +235,7 @@ def open_engine(folder: Folder, study: Path | None, run: str | None) -> Engine:
     """
     engine = Engine(folder)
     if study is not None:
-        engine.study = _open_cards(study, run or _run_of(study, folder), folder)
+        engine.cards = _open_cards(study, run or _run_of(study, folder), folder)
     return engine
 
 

@@ -29,6 +29,10 @@ async function start() {
   document.documentElement.dataset.ready = 'all';
 }
 
+function failure(text) {
+  return el('p', { class: 'error' }, text);
+}
+
 function showFacts({ kind, layers, width, k, model, corpus, run }) {
   const name = modelName({ name: model.path, iteration: model.iteration });
   byId('facts').textContent = `${KINDS[kind] || kind} ${name}: `

@@ -2,8 +2,7 @@
 
 // A report stays on the reader's machine: no button may offer to upload a chart.
 const PLOTLY_CONFIG = {
-  responsive: true, displaylogo: false, plotlyServerURL: '', showSendToCloud: false,
-  showEditInChartStudio: false, modeBarButtonsToRemove: ['sendDataToCloud', 'sendChartToCloud'],
+  responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: '',
 };
 let plotly = null;
 

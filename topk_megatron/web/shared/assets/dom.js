@@ -25,10 +25,6 @@ function empty(text) {
   return el('p', { class: 'empty' }, text);
 }
 
-function failure(text) {
-  return el('p', { class: 'error' }, text);
-}
-
 function legend(...content) {
   return el('p', { class: 'legend' }, ...content);
 }

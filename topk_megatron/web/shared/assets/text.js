@@ -14,6 +14,7 @@ function withUnit(value, unit) {
   if (!Number.isFinite(value) || !unit) return number(value);
   if (unit === 'share') return `${number(100 * value)} %`;
   if (unit === 'iteration') return `iteration ${number(value)}`;
+  if (unit === 'bits') return count(value, 'bit');
   return `${number(value)} ${unit}`;
 }
 

@@ -1,11 +1,12 @@
-"""How large a report of 24 layers x 2,048 neurons is, and how fast it opens in a browser.
+"""Measures how large a report is, and how fast it opens in a browser.
 
     python benchmarks/report.py [--layers 24 --width 2048 --vocab 32000 --opens 20]
 
-Invents a study of that size, writes its report, opens the file in headless Chromium and reads the
-page's own clock (performance.now): until claims and the list of neurons stand, until the plots are
-drawn, and from the choice of a neuron to its card, for neurons spread over all layers, so that each
-one unpacks a chunk of its own. Sorting and searching are measured over all neurons.
+It invents a study of 24 layers of 2,048 neurons (by default), writes its report, and opens the file
+in headless Chromium. The page's own clock (performance.now) measures the time until the claims and
+the list of neurons are shown, the time until the plots are drawn, and the time from choosing a
+neuron to seeing its card. The chosen neurons are spread over all layers, so that each of them
+unpacks its own chunk. Sorting and searching are measured over all neurons.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.analysis.browser import chromium
-from tests.analysis.studies import Invention
+from tests.web.browser import chromium
+from tests.web.studies import Invention
 from topk_megatron.web.report import ReportConfig, write_report
 
 _TIMES = """() => ({
@@ -38,20 +39,20 @@ _CHANGE = """([id, value, event]) => {
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--opens", type=int, default=20, help="cards to open")
-    parser.add_argument("--loads", type=int, default=3, help="times to open the file")
+    parser.add_argument("--opens", type=int, default=20, help="number of cards to open")
+    parser.add_argument("--loads", type=int, default=3, help="how often to open the file")
     return parser.parse_args()
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of each step, medians; of cards the slowest too."""
+    """Returns the median milliseconds of each step, and those of the slowest card."""
     first, plots, cards = [], [], []
     with chromium() as browser:
         page: Any = None
@@ -85,7 +86,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one line of JSON."""
+    """Prints one line of JSON."""
     args = parse()
     with tempfile.TemporaryDirectory() as directory:
         study = Path(directory)

@@ -1,4 +1,4 @@
-"""Look into a TopK model in the browser.
+"""Explore a TopK model in the browser.
 
 python tools/explorer.py --model hf/topk --study study
 """

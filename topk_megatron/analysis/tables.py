@@ -15,7 +15,7 @@ from topk_megatron.files import replacing
 COMPRESSION = "zstd"
 _LEVEL = 1
 
-# The `layer` of rows about all recorded layers together. ALL_LAYERS in web/shared/assets/plots.js
+# The `layer` of rows about all recorded layers together. ALL_LAYERS in web/report/assets/plots.js
 # is the same number.
 ALL_LAYERS = -1
 # What `interval_columns` fills.

@@ -1,1 +1,1 @@
-"""The pages: a report of a study, and the explorer of a model."""
+"""Two web pages: the report of a study, and the explorer of a model."""

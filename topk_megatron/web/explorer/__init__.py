@@ -1,5 +1,6 @@
-"""A local web app to look into one TopK model while it reads and writes.
+"""A local web app that shows the neurons of one TopK model while it reads and writes.
 
-`engine` does what a request asks of the model, `requests` checks what came, `security` who asks,
-`app` puts them behind addresses. The page is plain HTML, CSS and JavaScript in static/.
+`engine` answers requests with the model, `parsing` checks what a request contains, `security`
+checks who sent it, and `app` puts them behind addresses. The page is plain HTML, CSS and
+JavaScript.
 """

@@ -1,18 +1,17 @@
-"""The explorer's addresses.
+"""Puts the explorer behind its addresses.
 
     GET  /                  the page
-    GET  /static/NAME       its files
-    GET  /api/model         what the model is, and the limits
+    GET  /static/NAME       its style sheets and scripts
+    GET  /api/model         facts about the model, and the limits of requests
     POST /api/read          {prompt}
     POST /api/neuron        {prompt, layer, neuron}
     POST /api/steer         {prompt, layer, neuron, op, value, new_tokens, temperature, seed}
 
-Answers are JSON; an error is {"error": a sentence} with a status from 400.
+Answers of /api are JSON. An error is {"error": a sentence} with a status of 400 or more.
 """
 
 import logging
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,7 +23,7 @@ from starlette.routing import Route
 
 from topk_megatron.errors import UserError
 from topk_megatron.web.explorer.engine import Engine
-from topk_megatron.web.explorer.requests import (
+from topk_megatron.web.explorer.parsing import (
     MAX_BODY,
     RequestError,
     integer,
@@ -33,21 +32,21 @@ from topk_megatron.web.explorer.requests import (
     steer_request,
 )
 from topk_megatron.web.explorer.security import LOCAL_NAMES, Guard
+from topk_megatron.web.shared.assets import EXPLORER, linked, served
 
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-_SHARED = ("base.css", "card.css", "dom.js", "card.js")
-_OWN = ("index.html", "explorer.css", "explorer.js")
+_TYPES = {"css": "text/css", "js": "text/javascript"}
 _log = logging.getLogger(__name__)
 
 
 def make_app(engine: Engine, names: Iterable[str] = LOCAL_NAMES) -> Starlette:
-    """The application.
+    """Returns the application.
 
     Args:
         engine: the model.
         names: host names under which it may be asked.
     """
-    assets = _assets()
+    # Read once: nothing else is ever served from disk.
+    html, assets = linked(EXPLORER, "/static"), served(EXPLORER)
     neurons = engine.folder.hidden_size
 
     def read(content: dict[str, Any]) -> dict[str, Any]:
@@ -60,8 +59,11 @@ def make_app(engine: Engine, names: Iterable[str] = LOCAL_NAMES) -> Starlette:
     def steer(content: dict[str, Any]) -> dict[str, Any]:
         return engine.steer(steer_request(content, engine.folder.num_layers, neurons))
 
+    async def page(request: Request) -> Response:
+        return Response(html, media_type="text/html")
+
     async def static(request: Request) -> Response:
-        name = request.path_params.get("name", "index.html")
+        name = request.path_params["name"]
         if name not in assets:
             return JSONResponse({"error": "there is no such file"}, 404)
         return Response(assets[name], media_type=_TYPES[name.rsplit(".", 1)[1]])
@@ -71,7 +73,7 @@ def make_app(engine: Engine, names: Iterable[str] = LOCAL_NAMES) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/", static),
+            Route("/", page),
             Route("/static/{name}", static),
             Route("/api/model", model),
             Route("/api/read", _answer(read), methods=["POST"]),
@@ -82,16 +84,8 @@ def make_app(engine: Engine, names: Iterable[str] = LOCAL_NAMES) -> Starlette:
     )
 
 
-def _assets() -> dict[str, bytes]:
-    """The page's files, read once; nothing else is ever served from disk."""
-    shared = files("topk_megatron.web.shared").joinpath("assets")
-    own = files(__package__).joinpath("static")
-    found = {name: shared.joinpath(name).read_bytes() for name in _SHARED}
-    return found | {name: own.joinpath(name).read_bytes() for name in _OWN}
-
-
 def _answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """An endpoint that does the work in a thread and says errors as text."""
+    """Returns an endpoint that does the work in a thread and answers errors as sentences."""
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -104,14 +98,14 @@ def _answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         except Exception:
             _log.exception("a request failed")
             return JSONResponse(
-                {"error": "the model failed on this request; the server's output says why"}, 500
+                {"error": "the model failed on this request; see the server's output"}, 500
             )
 
     return endpoint
 
 
 async def _body(request: Request) -> bytes:
-    """The request's body, refused as soon as it is too long."""
+    """Returns the request's body; refuses it as soon as it is too long."""
     found = bytearray()
     async for part in request.stream():
         found += part

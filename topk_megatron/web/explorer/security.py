@@ -1,8 +1,8 @@
-"""Who may ask: pages of this server only, under names that are known to be it.
+"""Answers only this server's own pages, and only under host names that are known to be its own.
 
-A page of another site can make a browser send requests here. It cannot read the answers, unless
-its name is made to resolve to this machine (DNS rebinding): then the Host header carries that
-name, and is refused. Requests that make the model work must be JSON and of the same origin.
+A page of another site can make a browser send requests here. It cannot read the answers unless its
+name is made to resolve to this machine (DNS rebinding). The Host header then carries that name, and
+the request is refused. Requests that make the model work must be JSON and of the same origin.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _HEADERS = {
 
 
 def host_name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is no host."""
+    """Returns the name in a Host header without its port; None if the header is not a host."""
     try:
         split = urlsplit(f"//{host}")
         _ = split.port
@@ -39,8 +39,8 @@ class Guard:
     """Refuses foreign hosts and origins, and adds protective headers to every answer.
 
     Args:
-        app: what it guards.
-        names: host names under which this server may be asked.
+        app: the application to guard.
+        names: host names under which it may be asked.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
@@ -48,7 +48,7 @@ class Guard:
         self.names = {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Passes one request on, or refuses it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -72,7 +72,7 @@ class Guard:
         hosts = headers.getlist("host")
         host = hosts[0] if len(hosts) == 1 else ""
         if host_name(host) not in self.names:
-            return 421, "this server does not answer to that host name; start it with --allow-host"
+            return 421, "this server does not answer to that host name; allow it with --allow-host"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return 403, "requests from pages of other sites are refused"

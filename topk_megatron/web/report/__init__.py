@@ -1,12 +1,12 @@
-"""A study as one HTML file that opens from disk, without a network and without this project.
+"""Writes a study as one HTML file, which opens from disk without a network or this project.
 
-    write_report(study, output)
+    write_report(ReportConfig(study, output))
 
-`measures` are the numbers to search and sort by, `cards` what is known of each neuron, `summary`
-the claims and plots, `page` puts them into one file. Cards are kept as compressed chunks that the
-page unpacks when one is opened, so the size of a study does not slow the first view down.
+`write` puts the file together, `first_view` collects the claims and plots, and `offline_page` packs
+everything into one file. Cards are stored as compressed chunks, which the page unpacks when one is
+opened, so that the first view opens as fast for a large study as for a small one.
 """
 
-from topk_megatron.web.report.build import ReportConfig, write_report
+from topk_megatron.web.report.write import ReportConfig, write_report
 
 __all__ = ["ReportConfig", "write_report"]

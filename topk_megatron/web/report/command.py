@@ -1,4 +1,4 @@
-"""analyze report: the whole study as one HTML file that opens from disk."""
+"""Write the whole study as one HTML file that opens from disk."""
 
 import argparse
 from pathlib import Path
@@ -8,22 +8,26 @@ from topk_megatron.analysis.arguments import positive
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add the subcommand."""
+    """Adds the subcommand."""
     parser = commands.add_parser(
-        "report", help="one HTML file with claims, plots and neurons", description=__doc__
+        "report", help="write one HTML file with claims, plots and neurons", description=__doc__
     )
-    parser.add_argument("--study", type=Path, required=True, help="directory of all results")
+    parser.add_argument("--study", type=Path, required=True, help="directory of the study")
     parser.add_argument("--output", type=Path, help="HTML file (default: STUDY/report.html)")
-    parser.add_argument("--run", dest="name", help="whose neurons get cards (default: the subject)")
-    parser.add_argument("--examples", type=positive, default=8, help="of each neuron, at most")
     parser.add_argument(
-        "--model", type=Path, help="its folder, for promoted tokens, if it has moved since"
+        "--run", dest="name", help="run whose neurons get cards (default: the study's subject)"
+    )
+    parser.add_argument(
+        "--examples", type=positive, default=8, help="largest number of examples per neuron"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="exported model folder, for promoted tokens, if it has moved"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write it, and say what it holds and what it lacks."""
+    """Writes the report, and prints what it contains and what it lacks."""
     from topk_megatron.web.report import ReportConfig, write_report
 
     output = args.output or args.study / "report.html"

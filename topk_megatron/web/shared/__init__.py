@@ -1,1 +1,1 @@
-"""What the report and the explorer share: cards of neurons, and the scripts that draw them."""
+"""Code and assets that the report and the explorer share."""

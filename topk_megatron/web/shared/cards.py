@@ -1,12 +1,13 @@
-"""What is known of each neuron, as small lists that JSON and gzip pack well.
+"""Reads what a study knows of each neuron: its card.
 
-A card is an object; a part that was not measured is left out:
+The report writes the cards of all neurons, the explorer shows one at a time. A card is an object
+of short lists, which JSON and gzip pack well; a part that was not measured is left out:
 
 | key | value |
 |---|---|
 | examples | [[value, document, position, target, [token, …], [[index, value], …]], …] |
 | tokens | [[token, count], …], its most frequent tokens |
-| distinct | number of tokens that it fired on |
+| distinct | number of tokens on which it fired |
 | concept | [[token, lift], …] |
 | track | [[iteration, count, token entropy, similarity, example overlap], …] |
 | steer | [[strength, control, success, damage, repetition], …] |
@@ -23,30 +24,77 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from topk_megatron.analysis.study import Run
+from topk_megatron.analysis.result import COMMANDS
+from topk_megatron.analysis.study import Run, read_json
 from topk_megatron.analysis.tables import read_table
+from topk_megatron.web.shared.neuron_measures import collect_measures
 
-# Its functions are made at import, where a type checker does not see them.
+# pyarrow makes its functions at import, where a type checker does not see them.
 compute: Any = pyarrow.compute
 
 _TOKENS = 12
 _SAMPLES = 12
 _DIRECTION_TOKENS = 10
+_LAYERS_HELD = 2
 Card = dict[str, Any]
 
 
 def short(value: float | None, digits: int = 4) -> float | None:
-    """A number with so many significant digits; None stays None."""
+    """Returns a number rounded to so many significant digits; None stays None."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 
+def tokens_of(card: Card) -> set[int]:
+    """Returns every token that a card names."""
+    found = {token for example in card.get("examples", []) for token in example[4]}
+    pairs = card.get("tokens", []) + card.get("concept", [])
+    for side in card.get("measured", {}).values():
+        pairs = pairs + side
+    return found | {token for token, _ in pairs}
+
+
+def leading_tokens(card: Card, limit: int) -> list[int]:
+    """Returns the tokens that describe a neuron in a list: its concept's, then its most frequent.
+
+    Args:
+        card: the neuron's card.
+        limit: at most this many tokens, of which at most half are the concept's.
+    """
+    concept = [token for token, _ in card.get("concept", [])][: limit // 2]
+    frequent = [token for token, _ in card.get("tokens", [])]
+    return list(dict.fromkeys([*concept, *frequent]))[:limit]
+
+
+def missing_parts(study: Path, run: Run) -> dict[str, str]:
+    """Returns the reason for every part that the study lacks, as a sentence for the reader."""
+    missing = {}
+    for command in COMMANDS:
+        if not (study / command / "parameters.json").is_file():
+            missing[command] = (
+                f"Not measured: tools/analyze.py {command} was not run on this study."
+            )
+    entropy = study / "entropy" / "parameters.json"
+    refused = read_json(entropy).get("semantic_refused") if entropy.is_file() else None
+    if refused:
+        missing["semantic"] = f"Semantic entropy was left out: {refused}."
+    steer = study / "steer" / "parameters.json"
+    if steer.is_file() and read_json(steer).get("run") not in (run.name, None):
+        other = read_json(steer)["run"]
+        missing["steer"] = f"Steering was measured on the run {other}, not on {run.name}."
+    return missing
+
+
 class CardReader:
-    """Cards of one run, read a layer at a time.
+    """Reads the cards of one run, a layer at a time.
 
     Args:
         study: the study directory.
-        run: a finished run of it.
-        examples: of each neuron, at most.
+        run: a finished run in it.
+        examples: the largest number of examples on a card.
+
+    Attributes:
+        measures: the numbers of every neuron.
+        missing: for every part that the study lacks, the reason as a sentence.
 
     Raises:
         AnalysisError: a table is missing or damaged.
@@ -54,10 +102,35 @@ class CardReader:
 
     def __init__(self, study: Path, run: Run, examples: int = 8) -> None:
         self.study, self.run, self.examples = study, run, examples
+        self.measures = collect_measures(study, run)
+        self.missing = missing_parts(study, run)
+        self._held: dict[int, dict[int, Card]] = {}
         run.tables.check("examples")
 
+    def card(self, layer: int, neuron: int) -> Card | None:
+        """Returns the card of one neuron; None if its layer was not recorded.
+
+        The cards of the last layers are held, so that the next neuron of a layer is there at once.
+        """
+        if layer not in self.run.layers:
+            return None
+        cards = self._held.get(layer)
+        if cards is None:
+            cards = self.layer(layer)
+            while len(self._held) >= _LAYERS_HELD:
+                self._held.pop(next(iter(self._held)), None)
+            self._held[layer] = cards
+        return cards.get(neuron, {})
+
+    def measured(self, layer: int, neuron: int) -> list[dict[str, Any]]:
+        """Returns the neuron's measures with their values; none if its layer was not recorded."""
+        if layer not in self.run.layers:
+            return []
+        place = self.run.layers.index(layer)
+        return [one.describe() | {"value": one.of(place, neuron)} for one in self.measures]
+
     def layer(self, layer: int) -> dict[int, Card]:
-        """Cards of the neurons of one layer that have anything to show."""
+        """Returns the cards of a layer's neurons; one that has nothing to show is left out."""
         cards: dict[int, Card] = defaultdict(dict)
         self._add_examples(cards, layer)
         self._add_tokens(cards, layer)
@@ -130,7 +203,14 @@ class CardReader:
                 measured.setdefault(row["direction"], []).append(pair)
 
     def _rows(self, name: str, layer: int, *columns: str, own: bool = True) -> list[dict[str, Any]]:
-        """Rows of one layer of a result table, of this run if the table says of which they are."""
+        """Returns one layer's rows of a result table, none if it was not written.
+
+        Args:
+            name: the table's path in the study.
+            layer: the layer.
+            *columns: the columns to return, besides the neuron.
+            own: the table names its runs; only rows of this one are returned.
+        """
         path = self.study / name
         if not path.is_file():
             return []

@@ -1,4 +1,4 @@
-// A list of which only the rows in sight exist; keyboard and pointer choose one.
+// A list in which only the visible rows exist. Keyboard and pointer choose one.
 
 const ROW_HEIGHT = 52;
 
@@ -42,7 +42,8 @@ class NeuronList {
   draw() {
     const top = this.element.scrollTop;
     const first = Math.max(0, Math.floor(top / ROW_HEIGHT) - 4);
-    const last = Math.min(this.order.length, Math.ceil((top + this.element.clientHeight) / ROW_HEIGHT) + 4);
+    const bottom = Math.ceil((top + this.element.clientHeight) / ROW_HEIGHT);
+    const last = Math.min(this.order.length, bottom + 4);
     for (const [place, row] of this.rows) {
       if (place < first || place >= last) { row.remove(); this.rows.delete(place); }
     }
@@ -57,16 +58,18 @@ class NeuronList {
     const row = el('div', {
       class: 'row', role: 'option', id: `row-${place}`, 'data-place': place,
       'aria-setsize': this.order.length, 'aria-posinset': place + 1,
-    }, el('span', { class: 'name' }, name), el('span', { class: 'value' }, value), el('span', { class: 'tokens' }, tokens));
+    }, el('span', { class: 'name' }, name), el('span', { class: 'value' }, value),
+    el('span', { class: 'tokens' }, tokens));
     row.style.top = `${place * ROW_HEIGHT}px`;
     this.element.append(row);
     return row;
   }
 
   mark() {
+    const name = 'aria-activedescendant';
     for (const [place, row] of this.rows) row.setAttribute('aria-selected', place === this.active);
-    if (this.rows.has(this.active)) this.element.setAttribute('aria-activedescendant', `row-${this.active}`);
-    else this.element.removeAttribute('aria-activedescendant');
+    if (this.rows.has(this.active)) this.element.setAttribute(name, `row-${this.active}`);
+    else this.element.removeAttribute(name);
   }
 
   move(place) {
@@ -74,8 +77,9 @@ class NeuronList {
     this.active = Math.max(0, Math.min(this.order.length - 1, place));
     const top = this.active * ROW_HEIGHT;
     const view = this.element;
+    const lowest = top + ROW_HEIGHT - view.clientHeight;
     if (top < view.scrollTop) view.scrollTop = top;
-    else if (top + ROW_HEIGHT > view.scrollTop + view.clientHeight) view.scrollTop = top + ROW_HEIGHT - view.clientHeight;
+    else if (lowest > view.scrollTop) view.scrollTop = lowest;
     this.draw();
   }
 
@@ -86,7 +90,9 @@ class NeuronList {
 
   key(event) {
     const page = Math.max(1, Math.floor(this.element.clientHeight / ROW_HEIGHT) - 1);
-    const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+    const steps = {
+      ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity,
+    };
     if (event.key in steps) {
       event.preventDefault();
       this.move(this.active + steps[event.key]);

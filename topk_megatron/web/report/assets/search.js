@@ -1,69 +1,84 @@
-// Which neurons a search wants, and in which order. Neurons are numbered layer by layer.
+// Finds the neurons that match a search, and orders them. `data` is what unpackNeurons returns.
 
 const COMPARISONS = {
-  '<': (a, b) => a < b, '<=': (a, b) => a <= b, '>': (a, b) => a > b, '>=': (a, b) => a >= b, '=': (a, b) => a === b,
+  '<': (a, b) => a < b, '<=': (a, b) => a <= b, '>': (a, b) => a > b, '>=': (a, b) => a >= b,
+  '=': (a, b) => a === b,
 };
+const PAIR = /^L?(\d+):N?(\d+)$/i;
+const COMPARISON = /^([a-z_]+)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i;
 
-// data: {width, layers, measures Map(key -> Float32Array), tops Int32Array, perNeuron, vocabulary}
-// Returns {tests, error}: a neuron is wanted if every test of its number holds.
-function parseSearch(query, data) {
+// Returns {order}, the numbers of the matching neurons, or {error}. Neurons are ordered by the
+// measure `key`; those without a value come last.
+function findNeurons(query, layerPlace, key, descending, data) {
   const tests = [];
   for (const term of query.match(/"[^"]*"|\S+/g) || []) {
-    const pair = /^L?(\d+):N?(\d+)$/i.exec(term);
-    const comparison = /^([a-z_]+)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i.exec(term);
-    if (pair) {
-      const place = data.layers.indexOf(Number(pair[1]));
-      if (place < 0) return { error: `Layer ${pair[1]} is not in this report; its layers are ${data.layers.join(', ')}.` };
-      if (Number(pair[2]) >= data.width) return { error: `Neuron ${pair[2]} is out of range; there are ${number(data.width)} in a layer, from 0.` };
-      const wanted = place * data.width + Number(pair[2]);
-      tests.push((neuron) => neuron === wanted);
-    } else if (comparison) {
-      const values = data.measures.get(comparison[1].toLowerCase());
-      if (!values) return { error: `There is no measure ${comparison[1]}; there are ${[...data.measures.keys()].join(', ')}.` };
-      const holds = COMPARISONS[comparison[2]];
-      const limit = Math.fround(Number(comparison[3]));
-      if (Number.isNaN(limit)) return { error: `${comparison[3]} is not a number.` };
-      tests.push((neuron) => holds(values[neuron], limit));
-    } else tests.push(tokenTest(term, data));
+    const { test, error } = parseTerm(term, data);
+    if (error) return { error };
+    tests.push(test);
   }
-  return { tests };
-}
-
-function tokenTest(term, data) {
-  const whole = term.length > 1 && term.startsWith('"') && term.endsWith('"');
-  const text = (whole ? term.slice(1, -1) : term).toLowerCase().trim();
-  const matching = new Uint8Array(data.vocabulary.length);
-  data.vocabulary.forEach((token, i) => {
-    const lower = token.toLowerCase();
-    matching[i] = whole ? lower.trim() === text : lower.includes(text);
-  });
-  return (neuron) => {
-    for (let i = neuron * data.perNeuron; i < (neuron + 1) * data.perNeuron; i += 1) {
-      if (data.tops[i] >= 0 && matching[data.tops[i]]) return true;
-    }
-    return false;
-  };
-}
-
-// Numbers of the wanted neurons, ordered by a measure; those without a value come last.
-function findNeurons(query, layerPlace, key, descending, data) {
-  const { tests, error } = parseSearch(query, data);
-  if (error) return { error };
   const start = layerPlace === null ? 0 : layerPlace * data.width;
   const stop = layerPlace === null ? data.layers.length * data.width : start + data.width;
   const found = [];
   for (let neuron = start; neuron < stop; neuron += 1) {
     if (tests.every((test) => test(neuron))) found.push(neuron);
   }
-  const order = Uint32Array.from(found);
-  const values = data.measures.get(key);
-  if (values) {
-    const sign = descending ? -1 : 1;
-    const rank = (neuron) => (Number.isNaN(values[neuron]) ? Infinity : sign * values[neuron]);
-    order.sort((a, b) => {
-      const [one, two] = [rank(a), rank(b)];
-      return one === two ? a - b : one < two ? -1 : 1;
-    });
+  return { order: ordered(Uint32Array.from(found), data.measures.get(key), descending) };
+}
+
+function ordered(neurons, values, descending) {
+  if (!values) return neurons;
+  const sign = descending ? -1 : 1;
+  const rank = (neuron) => (Number.isNaN(values[neuron]) ? Infinity : sign * values[neuron]);
+  return neurons.sort((a, b) => {
+    const [one, two] = [rank(a), rank(b)];
+    if (one === two) return a - b;
+    return one < two ? -1 : 1;
+  });
+}
+
+// Returns {test}, which says of a neuron's number whether it matches, or {error}.
+function parseTerm(term, data) {
+  const pair = PAIR.exec(term);
+  if (pair) return pairTest(Number(pair[1]), Number(pair[2]), data);
+  const comparison = COMPARISON.exec(term);
+  if (comparison) return measureTest(comparison.slice(1), data);
+  return { test: tokenTest(term, data) };
+}
+
+function pairTest(layer, neuron, { layers, width }) {
+  const place = layers.indexOf(layer);
+  if (place < 0) {
+    return { error: `Layer ${layer} is not in this report; its layers are ${layers.join(', ')}.` };
   }
-  return { order };
+  if (neuron >= width) {
+    const last = number(width - 1);
+    return { error: `Neuron ${neuron} is out of range; a layer has neurons 0 to ${last}.` };
+  }
+  return { test: (candidate) => candidate === place * width + neuron };
+}
+
+function measureTest([name, comparison, text], { measures }) {
+  const values = measures.get(name.toLowerCase());
+  if (!values) {
+    return { error: `There is no measure ${name}; there are ${[...measures.keys()].join(', ')}.` };
+  }
+  const limit = Math.fround(Number(text));
+  if (Number.isNaN(limit)) return { error: `${text} is not a number.` };
+  const holds = COMPARISONS[comparison];
+  return { test: (neuron) => holds(values[neuron], limit) };
+}
+
+function tokenTest(term, { vocabulary, tops, perNeuron }) {
+  const whole = term.length > 1 && term.startsWith('"') && term.endsWith('"');
+  const text = (whole ? term.slice(1, -1) : term).toLowerCase().trim();
+  const matching = Uint8Array.from(vocabulary, (token) => {
+    const lower = token.toLowerCase();
+    return whole ? lower.trim() === text : lower.includes(text);
+  });
+  return (neuron) => {
+    for (let i = neuron * perNeuron; i < (neuron + 1) * perNeuron; i += 1) {
+      if (tops[i] >= 0 && matching[tops[i]]) return true;
+    }
+    return false;
+  };
 }

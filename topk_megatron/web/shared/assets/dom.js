@@ -1,4 +1,6 @@
-// Elements, numbers and packed data. Text only ever enters the page through textContent.
+// Elements and forms. Text only ever enters the page through textContent.
+
+const byId = (id) => document.getElementById(id);
 
 function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -18,53 +20,36 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Four significant digits; no exponent where a reader would not want one.
-function number(value) {
-  if (value === null || value === undefined || Number.isNaN(value)) return '–';
-  const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e15) return value.toLocaleString('en');
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(2);
-  return String(Number(value.toPrecision(size >= 1000 ? 6 : 4)));
-}
-
-function withUnit(value, unit) {
-  if (!Number.isFinite(value)) return number(value);
-  if (unit === 'share') return `${number(100 * value)} %`;
-  return unit && unit !== 'share' ? `${number(value)} ${unit}` : number(value);
-}
-
-// Line breaks and tabs, which may come as byte pieces, as signs.
-function signs(text) {
-  return text.replace(/\n|<0x0A>/g, '⏎').replace(/\t|<0x09>/g, '⇥');
-}
-
-// A token as it can be read on its own: its leading space and line breaks made visible.
-function visible(text) {
-  if (text === '') return '∅';
-  return signs(text).replace(/^ +| +$/g, (s) => '␣'.repeat(s.length));
-}
-
+// A part of the page that has nothing to show says why.
 function empty(text) {
   return el('p', { class: 'empty' }, text);
 }
 
-// The bytes of a data element: base64 of gzip.
-async function unpackBytes(id) {
-  const element = document.getElementById(id);
-  if (!element) return null;
-  const text = atob(element.textContent);
-  const packed = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i += 1) packed[i] = text.charCodeAt(i);
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
-  return new Response(stream).arrayBuffer();
+function legend(...content) {
+  return el('p', { class: 'legend' }, ...content);
 }
 
-async function unpackText(id) {
-  const bytes = await unpackBytes(id);
-  return bytes && new TextDecoder().decode(bytes);
+function section(title, content) {
+  return el('section', {}, el('h3', {}, title), ...[content].flat());
 }
 
-async function unpackJson(id) {
-  const text = await unpackText(id);
-  return text === null ? null : JSON.parse(text);
+// pairs: [[value, label], …]
+function options(pairs) {
+  return pairs.map(([value, label]) => el('option', { value }, label));
+}
+
+function onSubmit(id, act) {
+  byId(id).addEventListener('submit', (event) => { event.preventDefault(); act(); });
+}
+
+// Colours an element by a value: .shaded in card.css reads --level and `negative`.
+function shade(element, value, largest) {
+  element.classList.add('shaded');
+  element.classList.toggle('negative', value < 0);
+  element.style.setProperty('--level', Math.min(1, Math.abs(value) / (largest || 1)));
+  return element;
+}
+
+function largestOf(values) {
+  return Math.max(...values.map(Math.abs));
 }

@@ -1,4 +1,4 @@
-"""Invented studies of any size, with every table that a report reads, for tests and benchmarks."""
+"""Invents studies of any size, with every table that a report reads, for tests and benchmarks."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ from topk_megatron.analysis.result import Claim, Result, claim, row, write_resul
 from topk_megatron.analysis.tables import ALL_LAYERS, write_table
 from topk_megatron.files import file_facts, write_json
 
-# Tokens that would be markup, a line break, a quote, nothing, and a byte.
+# Tokens that would be markup, a line break, a quotation, nothing, and a byte.
 ODD = ["<script>window.hacked=1</script>", "</script>", "\n", ' "quoted"', "", "<0x0A>", "&amp;"]
 ITERATIONS = (100, 200, 300, 400)
 STRENGTHS = (0.0, 1.0, 2.0)
@@ -24,9 +24,12 @@ class Invention:
 
     Args:
         study: the directory to write.
-        layers, width, vocab: sizes.
-        model: path that the manifest names.
-        examples: of each neuron; its tokens: 25 a window.
+        layers: number of recorded layers.
+        width: neurons per layer.
+        vocab: number of tokens.
+        model: the model folder that the manifest names.
+        examples: examples per neuron, each a window of 25 tokens.
+        run: name of the run.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Invention:
         self.texts[: len(ODD)] = ODD
 
     def record(self) -> "Invention":
-        """runs/RUN."""
+        """Writes runs/RUN."""
         directory = self.study / "runs" / self.run
         write_table(directory / "neurons.parquet", self._neurons())
         numbers = np.arange(self.vocab, dtype=np.int32)
@@ -127,7 +130,7 @@ class Invention:
         }  # fmt: skip
 
     def entropy(self, semantic: bool = True) -> "Invention":
-        """entropy/."""
+        """Writes entropy/."""
         size = len(self.counts)
         entropies = self.rng.gamma(3.0, 1.2, size)
         columns: dict[str, Any] = {
@@ -180,7 +183,7 @@ class Invention:
         ]
 
     def track(self) -> "Invention":
-        """track/."""
+        """Writes track/."""
         size = len(self.counts)
         parts = []
         for number, iteration in enumerate(ITERATIONS):
@@ -215,7 +218,7 @@ class Invention:
         return self._write("track", tables, {"runs": []})
 
     def steer(self, neurons: int = 4) -> "Invention":
-        """steer/, of the first neurons of layer 0."""
+        """Writes steer/, for the first neurons of layer 0."""
         pushed = [{"layer": 0, "neuron": n} for n in range(neurons)]
         grid = list(itertools.product(STRENGTHS, (False, True)))
         rows = [
@@ -243,5 +246,5 @@ class Invention:
 
 
 def interval(level: float) -> dict[str, float]:
-    """The columns of a mean and its interval."""
+    """Returns the columns of a mean and its interval."""
     return {"mean": level, "low": level * 0.95, "high": level * 1.05}

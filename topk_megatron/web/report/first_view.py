@@ -1,16 +1,14 @@
-"""The claims, the plots and what is missing: the part of a report that is about all neurons."""
+"""Collects what a report shows of all neurons together: claims, plots and what is missing."""
 
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.result import COMMANDS
 from topk_megatron.analysis.study import Run, list_runs, open_run, read_json
 from topk_megatron.analysis.tables import read_table
 from topk_megatron.errors import AnalysisError
-from topk_megatron.web.report.measures import Measure
-from topk_megatron.web.shared.cards import short
+from topk_megatron.web.shared.cards import CardReader, short
 
-# What the plots draw: table of the study, and the columns that they need.
+# For each plot a table of the study, and the columns that the plot needs.
 _INTERVAL = ("mean", "low", "high")
 _PERCENTILES = ("p10", "p50", "p90")
 _TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,13 +33,13 @@ _TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def choose_run(study: Path, name: str | None) -> Run:
-    """The run whose neurons get cards: the one asked for, else the study's subject.
+    """Returns the run whose neurons get cards: the given one, or else the study's subject.
 
-    The subject is the run that was steered, else the first that entropies were measured of, else
-    the TopK LM, the last checkpoint of a trajectory, or whatever was recorded first.
+    The subject is the run that was steered. If none was, it is the first run whose entropies were
+    measured, the TopK LM, the last checkpoint of a trajectory, or the run that was recorded first.
 
     Raises:
-        AnalysisError: no finished run, or none of this name.
+        AnalysisError: there is no finished run, or none of this name.
     """
     names = list_runs(study)
     if name is not None:
@@ -67,12 +65,13 @@ def _by_kind(study: Path, names: list[str]) -> list[str]:
     return plain[:1] + topk[-1:] + names[:1]
 
 
-def summarise(study: Path, run: Run, measures: list[Measure]) -> dict[str, Any]:
-    """The content of the report's first view, JSON-able.
+def summarise(reader: CardReader) -> dict[str, Any]:
+    """Returns the content of the report's first view, as JSON can hold it.
 
     Raises:
         AnalysisError: a file of the study is damaged.
     """
+    study, run = reader.study, reader.run
     claims = study / "claims.json"
     manifest = run.manifest
     return {
@@ -87,35 +86,13 @@ def summarise(study: Path, run: Run, measures: list[Measure]) -> dict[str, Any]:
         "topN": manifest["top_n"],
         "claims": read_json(claims) if claims.is_file() else [],
         "tables": {key: _rows(study / name, columns) for key, (name, columns) in _TABLES.items()},
-        "measures": [
-            {"key": one.key, "label": one.label, "unit": one.unit, "hint": one.hint}
-            for one in measures
-        ],
-        "missing": missing_parts(study, run),
+        "measures": [one.describe() for one in reader.measures],
+        "missing": dict(reader.missing),
     }
 
 
-def missing_parts(study: Path, run: Run) -> dict[str, str]:
-    """For every part that the study lacks the reason, as a sentence for the reader."""
-    missing = {}
-    for command in COMMANDS:
-        if not (study / command / "parameters.json").is_file():
-            missing[command] = (
-                f"Not measured: tools/analyze.py {command} was not run on this study."
-            )
-    entropy = study / "entropy" / "parameters.json"
-    refused = read_json(entropy).get("semantic_refused") if entropy.is_file() else None
-    if refused:
-        missing["semantic"] = f"Semantic entropy was left out: {refused}."
-    steer = study / "steer" / "parameters.json"
-    if steer.is_file() and read_json(steer).get("run") not in (run.name, None):
-        other = read_json(steer)["run"]
-        missing["steer"] = f"Steering was measured on the run {other}, not on {run.name}."
-    return missing
-
-
 def _rows(path: Path, columns: tuple[str, ...]) -> dict[str, list[Any]] | None:
-    """Columns of a table, numbers rounded; None if it was not written."""
+    """Returns a table's columns with rounded numbers; None if it was not written."""
     if not path.is_file():
         return None
     table = read_table(path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.analysis.browser import chromium, open_page
+from tests.web.browser import chromium, open_page
 from tests.web.conftest import HOSTILE
 from topk_megatron.web.explorer.engine import Engine
 
@@ -35,7 +35,7 @@ def test_prompt_to_token_to_neuron_to_card(page: Any) -> None:
     assert HOSTILE in tokens.nth(2).inner_text()
     tokens.nth(1).click()
     assert tokens.nth(1).get_attribute("aria-pressed") == "true"
-    # In the invented study the last neuron has never fired.
+    # In the invented study the last neuron never fires.
     first = page.locator("#neurons button[data-layer='0']:not([data-neuron='31'])").first
     name = first.get_attribute("data-neuron")
     first.click()
@@ -54,7 +54,7 @@ def test_layer_without_a_card_says_so(page: Any) -> None:
     page.get_by_text("The study did not record this layer.").wait_for()
 
 
-def test_slider_steers_beside_the_unsteered_text(page: Any) -> None:
+def test_slider_steers_next_to_the_unsteered_text(page: Any) -> None:
     page.locator("#neurons button[data-layer='1']").first.click()
     slider = page.locator("#strength")
     slider.wait_for()
@@ -64,7 +64,7 @@ def test_slider_steers_beside_the_unsteered_text(page: Any) -> None:
     columns.nth(1).wait_for()
     assert "4.0 (value" in page.locator("#strength-shown").inner_text()
     assert columns.nth(0).inner_text() != columns.nth(1).inner_text()
-    page.get_by_text("They part after").wait_for()
+    page.get_by_text("They differ after").wait_for()
     slider.fill("0")
     page.get_by_text("Both are the same.").wait_for()
 
@@ -81,7 +81,7 @@ def test_errors_are_sentences_on_the_page(
     page.locator("#neurons button").first.click()
     page.fill("#new-tokens", "29")
     page.click("#generate")
-    page.locator("#steer-error", has_text="with 29 to generate").wait_for()
+    page.locator("#steer-error", has_text="when 29 are to be generated").wait_for()
     page.route("**/api/steer", lambda route: route.abort())
     page.fill("#new-tokens", "5")
     page.click("#generate")

@@ -1,4 +1,4 @@
-"""Puts a report together."""
+"""Puts a report together and writes it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +12,9 @@ from topk_megatron.analysis.promoted import read_directions
 from topk_megatron.analysis.study import Run
 from topk_megatron.errors import AnalysisError, UserError
 from topk_megatron.hf.model import open_model
-from topk_megatron.web.report.measures import collect_measures
-from topk_megatron.web.report.page import block, write_page
-from topk_megatron.web.report.summary import choose_run, summarise
-from topk_megatron.web.shared.cards import Card, CardReader, short
+from topk_megatron.web.report.first_view import choose_run, summarise
+from topk_megatron.web.report.offline_page import block, write_page
+from topk_megatron.web.shared.cards import CardReader, leading_tokens, short
 
 CHUNK = 64
 _LIST_TOKENS = 6
@@ -29,9 +28,10 @@ class ReportConfig:
     Attributes:
         study: the study directory.
         output: the HTML file.
-        run: whose neurons get cards; None chooses the study's subject.
-        examples: of each neuron, at most.
-        model: folder for promoted tokens; None is the one that the run was recorded from.
+        run: the run whose neurons get cards; None chooses the study's subject.
+        examples: the largest number of examples per neuron.
+        model: exported folder from which promoted tokens are computed; None takes the folder from
+            which the run was recorded.
     """
 
     study: Path
@@ -42,45 +42,48 @@ class ReportConfig:
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:
-    """Write the HTML file.
+    """Writes the HTML file.
 
     Returns:
-        What it shows: the content of its first view.
+        The content of the report's first view.
 
     Raises:
-        AnalysisError: the study has no finished run, or a table of it is damaged.
+        AnalysisError: the study has no finished run, or one of its tables is damaged.
     """
     if not config.study.is_dir():
-        raise AnalysisError(f"{config.study} is no study directory")
+        raise AnalysisError(
+            f"{config.study} is not a study directory; give the directory that "
+            "tools/analyze.py record wrote to"
+        )
     if config.output.is_dir():
         raise AnalysisError(f"{config.output} is a directory; give the name of an HTML file")
     run = choose_run(config.study, config.run)
-    measures = collect_measures(config.study, run)
-    summary = summarise(config.study, run, measures)
+    reader = CardReader(config.study, run, config.examples)
+    summary = summarise(reader)
     try:
         directions = _directions(config, run)
     except UserError as error:
         directions = None
         summary["missing"]["promoted"] = f"Not computed: {error}."
     top = np.full((len(run.layers), run.width, _LIST_TOKENS), -1, np.int32)
-    reader = CardReader(config.study, run, config.examples)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as cards:
-        cards.writelines(_cards(run, reader, top))
+        cards.writelines(_cards(reader, top))
         cards.seek(0)
         first = [block("summary", {**summary, "chunk": CHUNK, "listTokens": _LIST_TOKENS})]
-        first += [block(f"measure-{one.key}", one.values) for one in measures]
+        first += [block(f"measure-{one.key}", one.values) for one in reader.measures]
         first += [block("vocabulary", run.vocabulary["text"].to_pylist()), block("tops", top)]
         first += [] if directions is None else [block("directions", directions)]
         write_page(config.output, f"{run.name}: what its neurons mean", first, cards)
     return summary
 
 
-def _cards(run: Run, reader: CardReader, top: np.ndarray) -> Iterator[str]:
-    """Blocks of cards, layer by layer; fills `top` [L, N, tokens] on the way."""
+def _cards(reader: CardReader, top: np.ndarray) -> Iterator[str]:
+    """Yields blocks of cards layer by layer, and fills `top` [L, N, tokens] on the way."""
+    run = reader.run
     for place, layer in enumerate(run.layers):
         cards = reader.layer(layer)
         for neuron, card in cards.items():
-            tokens = list_tokens(card)
+            tokens = leading_tokens(card, _LIST_TOKENS)
             top[place, neuron, : len(tokens)] = tokens
         for start in range(0, run.width, CHUNK):
             stop = min(start + CHUNK, run.width)
@@ -88,21 +91,15 @@ def _cards(run: Run, reader: CardReader, top: np.ndarray) -> Iterator[str]:
             yield block(f"cards-{place}-{start // CHUNK}", chunk)
 
 
-def list_tokens(card: Card) -> list[int]:
-    """The tokens that stand for a neuron in the list: its concept's, then its most frequent."""
-    concept = [token for token, _ in card.get("concept", [])][: _LIST_TOKENS // 2]
-    frequent = [token for token, _ in card.get("tokens", [])]
-    return list(dict.fromkeys([*concept, *frequent]))[:_LIST_TOKENS]
-
-
 def _directions(config: ReportConfig, run: Run) -> list[list[Any]]:
-    """[promoted, suppressed] tokens of every neuron.
+    """Returns the [promoted, suppressed] tokens of every neuron.
 
     Raises:
-        UserError: the run's neurons are no coordinates of the hidden state, or its model is gone.
+        UserError: the run's neurons are not coordinates of the hidden state, or its model cannot be
+            found.
     """
     if run.kind == "sae":
-        raise AnalysisError("latents of a SAE are not coordinates of the hidden state")
+        raise AnalysisError("latents of an SAE are not coordinates of the hidden state")
     path = config.model or Path(run.manifest["model"]["path"])
     folder = open_model(path)
     if folder.hidden_size != run.width or folder.vocab_size != run.vocab_size:

@@ -1,6 +1,6 @@
-"""The numbers of every neuron that a report can be searched and sorted by.
+"""Collects the numbers of every neuron, by which a report can be searched and sorted.
 
-Shapes: L recorded layers, N neurons of a layer.
+Shapes: L recorded layers, N neurons per layer.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ import pyarrow.compute
 from topk_megatron.analysis.study import Run
 from topk_megatron.analysis.tables import read_table
 
-# Its functions are made at import, where a type checker does not see them.
+# pyarrow makes its functions at import, where a type checker does not see them.
 compute: Any = pyarrow.compute
 
 _ENTROPY = {
-    "token_entropy": ("Token entropy", "by count, corrected for the size of the sample"),
+    "token_entropy": ("Token entropy", "by count, corrected for sample size"),
     "token_entropy_plugin": ("Token entropy, uncorrected", "by count"),
     "token_entropy_mass": ("Token entropy by mass", "tokens weighted by |value|"),
     "token_entropy_top": ("Token entropy of examples", "over the strongest examples"),
@@ -27,8 +27,8 @@ _ENTROPY = {
 _TRACK = {
     "drift": ("Drift", "share", "mean change of its token distribution between checkpoints"),
     "late_drift": ("Late drift", "share", "the same over the second half of training"),
-    "formed_iteration": ("Formed at", "iteration", "from where on it is like its final self"),
-    "specialised_iteration": ("Specialised at", "iteration", "from where on it stays specialised"),
+    "formed_iteration": ("Formed at", "iteration", "from here on it resembles its final self"),
+    "specialised_iteration": ("Specialised at", "iteration", "from here on it stays specialised"),
 }
 
 
@@ -38,7 +38,9 @@ class Measure:
 
     Attributes:
         key: its name in the search box.
-        label, unit, hint: what a reader sees.
+        label: its name for a reader.
+        unit: ``bits``, ``share``, ``iteration``, or nothing for a plain number.
+        hint: what it means, in a few words.
         values: float32 [L, N], NaN where it was not measured.
     """
 
@@ -48,9 +50,23 @@ class Measure:
     hint: str
     values: np.ndarray
 
+    def describe(self) -> dict[str, Any]:
+        """Returns what a page needs to show it."""
+        return {"key": self.key, "label": self.label, "unit": self.unit, "hint": self.hint}
+
+    def of(self, place: int, neuron: int) -> float | None:
+        """Returns one neuron's value; None where it was not measured.
+
+        Args:
+            place: the layer's place among the recorded layers.
+            neuron: the neuron's number in that layer.
+        """
+        value = float(self.values[place, neuron])
+        return None if np.isnan(value) else value
+
 
 class Grid:
-    """Places rows of a table at (layer, neuron)."""
+    """Puts rows of a table in their places by layer and neuron."""
 
     def __init__(self, run: Run) -> None:
         self.shape = (len(run.layers), run.width)
@@ -58,7 +74,7 @@ class Grid:
         self._place[list(run.layers)] = np.arange(len(run.layers))
 
     def fill(self, table: pa.Table, column: str, layer: str = "layer") -> np.ndarray:
-        """A column as float32 [L, N]; NaN where there is no row or no value."""
+        """Returns a column as float32 [L, N], with NaN where there is no row or no value."""
         grid = np.full(self.shape, np.nan, np.float32)
         layers, neurons = table[layer].to_numpy(), table["neuron"].to_numpy()
         values = table[column].cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -70,7 +86,7 @@ class Grid:
 
 
 def collect_measures(study: Path, run: Run) -> list[Measure]:
-    """Everything that the study's commands measured of this run's neurons, in a fixed order.
+    """Returns everything that the study measured of this run's neurons, in a fixed order.
 
     Raises:
         AnalysisError: a table of the study is damaged.
@@ -91,7 +107,9 @@ def _activity(run: Run, grid: Grid) -> list[Measure]:
     top = grid.fill(run.neurons, "max")
     return [
         Measure("count", "Activations", "", "how often it was selected", counts),
-        Measure("share", "Active on", "share", "share of the corpus's tokens", counts / tokens),
+        Measure(
+            "share", "Active on", "share", "share of the tokens of the corpus", counts / tokens
+        ),
         Measure("max", "Largest value", "", "over the corpus", top),
         Measure("mean", "Mean value", "", "where it is active", means),
     ]
@@ -112,7 +130,10 @@ def _entropies(study: Path, run: Run, grid: Grid) -> list[Measure]:
 
 
 def _is_last_checkpoint(study: Path, run: Run) -> bool:
-    """Track's neurons are those of the last checkpoint: this run, or a recording of its weights."""
+    """Returns whether `track` followed this run's neurons, which are those of the last checkpoint.
+
+    The run is either the last one of the trajectory or another recording of the same weights.
+    """
     path = study / "track" / "checkpoints.parquet"
     if not path.is_file():
         return False
@@ -133,30 +154,30 @@ def _tracked(study: Path, grid: Grid) -> list[Measure]:
     path = study / "track" / "layers.parquet"
     if path.is_file():
         kept = grid.fill(read_table(path), "similarity", "layer_a")
-        hint = "how much it is like the same neuron of the next layer"
-        found.append(Measure("next_layer", "Like the next layer's", "share", hint, kept))
+        hint = "how similar it is to the same neuron of the next layer"
+        found.append(Measure("next_layer", "Similarity to next layer", "share", hint, kept))
     return found
 
 
 def _steered(study: Path, run: Run, grid: Grid) -> list[Measure]:
-    """The strength at which each neuron succeeds best, and what it costs there."""
+    """Returns each neuron's success at the strength that works best, and its cost there."""
     best = best_steering(study, run)
     if best is None:
         return []
     return [
         Measure(
             "steer_success", "Steering success", "share",
-            "rise of its concept tokens at the best strength", grid.fill(best, "success"),
+            "rise in its concept tokens at the best strength", grid.fill(best, "success"),
         ),
         Measure(
             "steer_damage", "Steering damage", "bits",
-            "log2 of the rise of perplexity at that strength", grid.fill(best, "damage"),
+            "log2 of the ratio of perplexities at that strength", grid.fill(best, "damage"),
         ),
     ]  # fmt: skip
 
 
 def best_steering(study: Path, run: Run) -> pa.Table | None:
-    """The row of each steered neuron with the largest success; None if nothing was steered."""
+    """Returns each steered neuron's row of largest success; None if nothing was steered."""
     path = study / "steer" / "neurons.parquet"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages. Debian's; Playwright's own build is not needed."""
+"""Starts headless Chromium for tests of pages: Debian's, not Playwright's own build."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _FLAGS = (
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A running browser; a test that asks for it without one is skipped with the reason."""
+    """Yields a running browser; without one on PATH, the test is skipped with the reason."""
     sync_api = pytest.importorskip("playwright.sync_api")
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
@@ -30,7 +30,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def open_page(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    """A page at desktop width; an error in any of its scripts fails the test."""
+    """Yields a page at desktop width; an error in any of its scripts fails the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, **options)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))

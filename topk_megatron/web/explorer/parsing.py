@@ -1,4 +1,4 @@
-"""Checks of what a browser sends. Every number has bounds, every text a length."""
+"""Checks what a browser sends. Every number has bounds, and every text a largest length."""
 
 import json
 import math
@@ -17,7 +17,7 @@ OPERATIONS = ("add", "set", "scale")
 
 
 class RequestError(UserError):
-    """A request that cannot be answered; `status` is its HTTP status."""
+    """A request cannot be answered; `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -26,15 +26,17 @@ class RequestError(UserError):
 
 @dataclass(frozen=True)
 class SteerRequest:
-    """A continuation to generate, unsteered and steered.
+    """A continuation to generate twice, unsteered and steered.
 
     Attributes:
-        prompt: text before it.
-        layer, neuron: whose value is changed, at every position.
-        op, value: how, as in `Intervention`.
-        new_tokens: length of the continuation.
-        temperature: 0 takes the likeliest token.
-        seed: the same noise for both.
+        prompt: the text to continue.
+        layer: the layer of the neuron.
+        neuron: the neuron whose value is changed at every position.
+        op: ``add``, ``set`` or ``scale``, as in `Intervention`.
+        value: the operand of `op`.
+        new_tokens: length of the continuation in tokens.
+        temperature: temperature of sampling; 0 always takes the most likely token.
+        seed: seed of the random numbers, which are the same for both continuations.
     """
 
     prompt: str
@@ -48,22 +50,22 @@ class SteerRequest:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Returns the JSON object in a request's body.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the body is not a JSON object.
     """
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError("the request is no JSON") from error
+        raise RequestError("the request is not JSON") from error
     if not isinstance(content, dict):
         raise RequestError("the request must be a JSON object")
     return content
 
 
 def prompt_of(content: dict[str, Any]) -> str:
-    """The prompt, not empty and not too long."""
+    """Returns the prompt; refuses one that is empty or too long."""
     prompt = content.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError("type a prompt first")
@@ -72,12 +74,12 @@ def prompt_of(content: dict[str, Any]) -> str:
             f"the prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are read"
         )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise RequestError("the prompt has half of a character in it (a lone surrogate)")
+        raise RequestError("the prompt contains half a character (a lone surrogate); delete it")
     return prompt
 
 
 def integer(content: dict[str, Any], name: str, low: int, high: int) -> int:
-    """A whole number from low to high."""
+    """Returns a whole number from low to high."""
     value = content.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(
@@ -87,7 +89,7 @@ def integer(content: dict[str, Any], name: str, low: int, high: int) -> int:
 
 
 def real(content: dict[str, Any], name: str, low: float, high: float) -> float:
-    """A finite number from low to high."""
+    """Returns a finite number from low to high."""
     value: Any = content.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
@@ -96,7 +98,7 @@ def real(content: dict[str, Any], name: str, low: float, high: float) -> float:
 
 
 def steer_request(content: dict[str, Any], layers: int, neurons: int) -> SteerRequest:
-    """A checked request to steer; whether the layer has a TopK is the engine's to say."""
+    """Returns a checked request to steer; the engine checks that the layer has a TopK."""
     op = content.get("op")
     if op not in OPERATIONS:
         raise RequestError(f"op must be one of {', '.join(OPERATIONS)}, got {_short(op)}")

@@ -1,4 +1,4 @@
-"""A study as one HTML file, driven in a browser."""
+"""The report of a study, opened in a browser."""
 
 import argparse
 import json
@@ -8,25 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.analysis.browser import chromium, open_page
-from tests.analysis.studies import ODD, Invention
-from topk_megatron.analysis.promoted import OutputDirections, read_directions
+from tests.analysis.conftest import make_model
+from tests.web.browser import chromium, open_page
+from tests.web.conftest import HOSTILE
+from tests.web.studies import ODD, Invention
+from topk_megatron.analysis.promoted import read_directions
 from topk_megatron.analysis.study import open_run
 from topk_megatron.errors import AnalysisError
 from topk_megatron.web.report import ReportConfig, write_report
 from topk_megatron.web.report import command as report_command
 
-HOSTILE = "<script>window.hacked=1</script>"
 SIZE = 2 * 32
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, topk_folder: Path) -> Path:
-    """Everything measured, of a model that is there."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported folder of a TopK LM with H = 32."""
+    return make_model(tmp_path_factory.mktemp("topk"), layers=(0, 1), seed=0, iteration=200)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """Everything but SAEs measured, of a model that exists."""
     path = tmp_path_factory.mktemp("study")
-    invention = Invention(path, layers=2, width=32, vocab=96, model=topk_folder)
+    invention = Invention(path, layers=2, width=32, vocab=96, model=model)
     invention.record().entropy().track().steer()
     return path
 
@@ -55,7 +61,7 @@ def opened(browser: Any, report: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def page(opened: Any) -> Any:
-    """The open report with nothing searched and in its first order."""
+    """The open report without a search and in its first order."""
     opened.select_option("#sort", "count")
     opened.fill("#search", "")
     opened.locator("#controls").evaluate("(form) => form.requestSubmit()")
@@ -64,7 +70,7 @@ def page(opened: Any) -> Any:
 
 
 def names(page: Any) -> list[str]:
-    """The rows of the list in sight, from the top."""
+    """Returns the visible rows of the list, from the top."""
     rows = page.locator("#list .row").all()
     return [row.locator(".name").inner_text() for row in sorted(rows, key=_place)]
 
@@ -73,7 +79,7 @@ def _place(row: Any) -> int:
     return int(row.get_attribute("data-place"))
 
 
-def test_report_asks_nothing_of_a_network_and_runs_no_script_but_its_own(page: Any) -> None:
+def test_report_uses_no_network_and_runs_only_its_own_scripts(page: Any) -> None:
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.reload()
@@ -83,6 +89,17 @@ def test_report_asks_nothing_of_a_network_and_runs_no_script_but_its_own(page: A
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), "
                   "{textContent: 'window.hacked = 2'}))")  # fmt: skip
     assert page.evaluate("window.hacked === undefined")
+
+
+def test_no_plot_offers_to_upload_it(page: Any) -> None:
+    bar = page.locator(".plot .modebar").first
+    bar.wait_for(state="attached")
+    titles = page.locator(".modebar-btn").evaluate_all(
+        "(buttons) => buttons.map((one) => one.dataset.title || '')"
+    )
+    assert "Zoom in" in titles
+    offers = re.compile("cloud|share|upload|chart studio|edit|plotly", re.IGNORECASE)
+    assert [title for title in titles if offers.search(title)] == []
 
 
 def test_claims_show_numbers_intervals_and_outcome_as_text(page: Any) -> None:
@@ -137,7 +154,7 @@ def test_search_that_cannot_be_answered_says_why(page: Any, query: str, message:
 def test_sort_by_a_measure_puts_the_largest_first_and_the_unmeasured_last(
     page: Any, study: Path, measure: str
 ) -> None:
-    from topk_megatron.web.report.measures import collect_measures
+    from topk_megatron.web.shared.neuron_measures import collect_measures
 
     run = open_run(study, "topk")
     values = next(m for m in collect_measures(study, run) if m.key == measure).values.ravel()
@@ -152,7 +169,7 @@ def test_sort_by_a_measure_puts_the_largest_first_and_the_unmeasured_last(
     assert names(page)[-1] == titles[-1]
 
 
-def test_card_shows_every_part(page: Any, study: Path, topk_folder: Path) -> None:
+def test_card_shows_every_part(page: Any, study: Path, model: Path) -> None:
     page.evaluate("location.hash = '#L0N3'")
     page.wait_for_selector("#card[data-neuron='3']")
     card = page.locator("#card")
@@ -163,7 +180,7 @@ def test_card_shows_every_part(page: Any, study: Path, topk_folder: Path) -> Non
     assert "\N{MULTIPLICATION SIGN}50" in text
     assert card.locator("svg.line circle").count() == 2 * 4
     assert " or not <i>to</i> be" in card.locator(".pair").last.text_content()
-    directions = read_directions(topk_folder, {"normalization": "RMSNorm"})
+    directions = read_directions(model, {"normalization": "RMSNorm"})
     token, effect = directions.top(3, 4, 1)[0][0][0]
     promoted = card.get_by_text("Promoted", exact=True).locator("xpath=..").locator(".chip").first
     texts = open_run(study, "topk").vocabulary["text"].to_pylist()
@@ -192,7 +209,7 @@ def test_narrow_screen_does_not_scroll_sideways(browser: Any, report: Path) -> N
         page.set_viewport_size(size)
         page.wait_for_selector("html[data-ready=all]")
         page.wait_for_selector("#card[data-neuron='3']")
-        # Plots take their new width a moment after the window did.
+        # Plots take their new width a moment after the window does.
         page.wait_for_function("document.documentElement.scrollWidth <= 390")
 
 
@@ -234,7 +251,7 @@ def test_damaged_studies_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_data_of_a_report_are_never_markup(report: Path) -> None:
+def test_data_in_a_report_are_never_markup(report: Path) -> None:
     text = report.read_text()
     blocks = re.findall(r'<script type="text/plain" id="([^"]+)">(.*?)</script>', text)
     assert {"summary", "vocabulary", "tops", "directions", "cards-0-0", "plotly"} <= {
@@ -242,18 +259,3 @@ def test_data_of_a_report_are_never_markup(report: Path) -> None:
     }
     assert all(re.fullmatch(r"[A-Za-z0-9+/=]+", data) for _, data in blocks)
     assert json.dumps(ODD[0]) not in text
-
-
-@pytest.mark.parametrize("centred", [False, True])
-def test_promoted_tokens_are_those_whose_logits_the_lone_neuron_raises_most(centred: bool) -> None:
-    torch.manual_seed(0)
-    head, norm = torch.randn(40, 12), torch.rand(12) + 0.5
-    state = torch.zeros(12)
-    state[5] = 3.0
-    kind = torch.nn.LayerNorm(12) if centred else torch.nn.RMSNorm(12)
-    with torch.no_grad():
-        kind.weight.copy_(norm)
-        logits = head @ kind(state)
-    promoted, suppressed = OutputDirections(head, norm, centred).top(5, 6, 4)
-    assert [token for token, _ in promoted[0]] == logits.topk(4).indices.tolist()
-    assert [token for token, _ in suppressed[0]] == logits.topk(4, largest=False).indices.tolist()

@@ -1,6 +1,7 @@
 """Starts headless Chromium for tests of pages: Debian's, not Playwright's own build."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,3 +42,15 @@ def open_page(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     finally:
         page.close()
     assert not errors
+
+
+def wait_until(page: Any, expression: str, seconds: float = 20.0) -> None:
+    """Waits until a JavaScript expression is true.
+
+    Playwright's own `wait_for_function` evaluates text inside the page, which its content security
+    policy refuses.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not true after {seconds:g} s: {expression}"
+        page.wait_for_timeout(50)

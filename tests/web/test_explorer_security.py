@@ -1,11 +1,13 @@
 """Whom the explorer answers, and where it listens."""
 
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +55,38 @@ def test_only_the_pages_own_files_are_served(client: Any) -> None:
 
 
 @pytest.fixture
-def explorer(folder: OpenModel) -> Iterator[tuple[int, int]]:
+def explorer(folder: OpenModel, tmp_path: Path) -> Iterator[tuple[int, int]]:
     """The process and the port of tools/explorer.py, started as a user does and answering."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tool = REPOSITORY / "tools" / "explorer.py"
     command = [sys.executable, str(tool), "--model", str(folder.path), "--port", str(port)]
-    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+    # Its own cache: other processes may be writing the shared one.
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    log = tmp_path / "explorer.log"
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=stream
+        ) as process,
+    ):
         try:
-            _wait_for_answer(process, f"http://127.0.0.1:{port}/api/model")
+            _wait_for_answer(process, f"http://127.0.0.1:{port}/api/model", log)
             yield process.pid, port
         finally:
             process.terminate()
 
 
-def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str) -> None:
+def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     for _ in range(1200):
-        assert process.poll() is None, "the explorer ended"
+        assert process.poll() is None, f"the explorer ended:\n{log.read_text()}"
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError:
             time.sleep(0.1)
-    raise AssertionError(f"nothing answered at {url}")
+    raise AssertionError(f"nothing answered at {url}:\n{log.read_text()}")
 
 
 def listening(pid: int) -> set[str]:
@@ -85,7 +95,9 @@ def listening(pid: int) -> set[str]:
     inodes = set()
     for name in (str(pid), *children):
         for descriptor in Path(f"/proc/{name}/fd").iterdir():
-            inodes.add(str(descriptor.readlink()))
+            # The connection that was answered may be closed in the meantime.
+            with suppress(FileNotFoundError):
+                inodes.add(str(descriptor.readlink()))
     found = set()
     for table in ("tcp", "tcp6"):
         path = Path(f"/proc/{pid}/net/{table}")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.analysis.conftest import make_model
-from tests.web.browser import chromium, open_page
+from tests.web.browser import chromium, open_page, wait_until
 from tests.web.conftest import HOSTILE
 from tests.web.studies import ODD, Invention
 from topk_megatron.analysis.promoted import read_directions
@@ -210,7 +210,7 @@ def test_narrow_screen_does_not_scroll_sideways(browser: Any, report: Path) -> N
         page.wait_for_selector("html[data-ready=all]")
         page.wait_for_selector("#card[data-neuron='3']")
         # Plots take their new width a moment after the window does.
-        page.wait_for_function("document.documentElement.scrollWidth <= 390")
+        wait_until(page, "document.documentElement.scrollWidth <= 390")
 
 
 def test_study_of_a_recording_alone_shows_what_is_missing(

@@ -186,6 +186,26 @@ class TopKConfig:
         return cls(**{**settings, "layers": tuple(settings["layers"])})
 
 
+def exported_settings(config: TopKConfig | None, iteration: int) -> dict[str, Any]:
+    """Return ``topk`` of an exported model's config.json, with the k of the last step taken.
+
+    Args:
+        config: the settings of training; None for a model that never had any.
+        iteration: number of steps taken.
+    """
+    if config is None or not config.layers:
+        unused = dict.fromkeys(("k", "mlp_k", "mlp_groups"))
+        return {"site": "residual", "layers": [], "mode": "value", **unused}
+    return {
+        "site": config.site,
+        "k": k_at(config, max(0, iteration - 1)),
+        "layers": list(config.layers),
+        "mode": config.mode,
+        "mlp_k": config.mlp_k,
+        "mlp_groups": config.mlp_groups,
+    }
+
+
 def k_at(config: TopKConfig, iteration: int) -> int:
     """Return the k of the step numbered `iteration`, counted from 0.
 

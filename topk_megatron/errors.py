@@ -3,6 +3,8 @@
 A command prints the message of a `UserError` as one line and exits with `USER_ERROR`.
 """
 
+from pathlib import Path
+
 # A user's mistake, or a run that cannot continue: the same command would fail again.
 USER_ERROR = 2
 # The run was asked to stop (SIGTERM) and saved; started again, it continues. This is EX_TEMPFAIL of
@@ -24,6 +26,20 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, or its settings differ from this run's."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that looks complete lacks something, or cannot be read.
+
+    Attributes:
+        damage: what is wrong with it, without the path.
+    """
+
+    def __init__(self, directory: Path, damage: str) -> None:
+        super().__init__(
+            f"{directory} is damaged: {damage}; copy it again, or choose another iteration"
+        )
+        self.damage = damage
 
 
 class UnsafeCheckpointError(CheckpointError):

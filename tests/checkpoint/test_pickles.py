@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from tests.checkpoint.hostile import PAYLOADS, as_saved
 from topk_megatron.checkpoint.pickles import StandIn, check_object, read_index, read_object
-from topk_megatron.checkpoint.reader import missing_bytes
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import UnsafeCheckpointError
 
 
@@ -112,7 +112,7 @@ def test_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
         next(iter(index.storage_data.values())).relative_path = name
         path.write_bytes(pickle.dumps(index))
         with pytest.raises(UnsafeCheckpointError, match="elsewhere"):
-            missing_bytes(path.parent, read_index(path))
+            CheckpointReader(path.parent)
 
 
 class Colour(Enum):

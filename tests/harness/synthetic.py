@@ -14,7 +14,7 @@ from topk_megatron.config import TopKConfig
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import write_args
 from topk_megatron.hf.folder_source import UNTRAINED
-from topk_megatron.hf.pieces import pieces, sizes
+from topk_megatron.hf.pieces import shapes
 
 
 def synthetic_config(**changes: Any) -> dict[str, Any]:
@@ -83,10 +83,8 @@ def write_synthetic_checkpoint(
 
 
 def _chunks(config: dict[str, Any], dtype: torch.dtype) -> Iterator[Chunk]:
-    numbers = sizes(config, config["vocab_size"])
     layers = config["num_hidden_layers"]
-    for piece in pieces(config):
-        shape = tuple(numbers[word] for word in piece.row.shape)
+    for piece, shape in shapes(config, config["vocab_size"]).items():
         name = piece.row.megatron
         if piece.layer is None:
             yield Chunk(name, shape, (), dtype, _random(shape))

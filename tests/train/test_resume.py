@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from topk_megatron.checkpoint.directory import TRACKER, find_checkpoint
+from topk_megatron.checkpoint.directory import TRACKER, open_checkpoint
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.train import resume
@@ -27,6 +28,10 @@ def checkpoint(load: Path, iteration: int, *parts: str) -> Path:
     return directory
 
 
+def found(reader: CheckpointReader | None) -> Path | None:
+    return None if reader is None else reader.directory
+
+
 def settings(**changes: object) -> TopKConfig:
     base = {"hidden_size": 64, "num_layers": 4, "k": 8, "layers": (0, 1)}
     return TopKConfig(**{**base, **changes})  # pyright: ignore[reportArgumentType]
@@ -36,7 +41,7 @@ def test_tracked_checkpoint_is_taken_even_if_a_later_one_exists(tmp_path: Path) 
     wanted = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 20)
     (tmp_path / TRACKER).write_text("10\n")
-    assert find_checkpoint(tmp_path) == wanted
+    assert found(open_checkpoint(tmp_path)) == wanted
 
 
 @pytest.mark.parametrize("tracker", ["", "garbage", "20", "30", None])
@@ -48,8 +53,8 @@ def test_latest_complete_checkpoint_replaces_a_broken_tracker(
     checkpoint(tmp_path, 20, ".metadata")  # killed before metadata.json
     if tracker is not None:
         (tmp_path / TRACKER).write_text(tracker)
-    assert find_checkpoint(tmp_path) == wanted
-    assert find_checkpoint(tmp_path, write=True) == wanted
+    assert found(open_checkpoint(tmp_path)) == wanted
+    assert found(open_checkpoint(tmp_path, write=True)) == wanted
     assert (tmp_path / TRACKER).read_text() == "10"
     assert "resuming from 10" in capsys.readouterr().out
 
@@ -82,7 +87,7 @@ def test_damaged_latest_checkpoint_gives_way_to_the_one_before_and_says_so(
     DAMAGES[said](checkpoint(tmp_path, 20))
     checkpoint(tmp_path, 30)  # left by a run that then went back to 20: not the tracked one
     (tmp_path / TRACKER).write_text("20")
-    assert find_checkpoint(tmp_path, write=True) == wanted
+    assert found(open_checkpoint(tmp_path, write=True)) == wanted
     assert (tmp_path / TRACKER).read_text() == "10"
     output = capsys.readouterr().out
     assert "names iteration 20, which is damaged" in output
@@ -95,33 +100,33 @@ def test_without_any_whole_checkpoint_the_damages_are_listed(tmp_path: Path) -> 
         missing_data(checkpoint(tmp_path, iteration))
     (tmp_path / TRACKER).write_text("20")
     with pytest.raises(CheckpointError, match=r"20, which is damaged.*10 is damaged.*is missing"):
-        find_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     cut_short(checkpoint(tmp_path, 20))
     with pytest.raises(CheckpointError, match=r"iteration 20 .* is damaged"):
-        find_checkpoint(tmp_path, 20)
+        open_checkpoint(tmp_path, 20)
 
 
 def test_nothing_to_resume_is_not_an_error(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path / "absent") is None
+    assert open_checkpoint(tmp_path / "absent") is None
     checkpoint(tmp_path, 5, "__0_0.distcp")  # killed during the very first save
-    assert find_checkpoint(tmp_path) is None
+    assert open_checkpoint(tmp_path) is None
 
 
 def test_step_that_is_not_there_is_an_error_that_lists_what_is(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     with pytest.raises(CheckpointError, match=r"iteration 7 in .* it has 10"):
-        find_checkpoint(tmp_path, 7)
+        open_checkpoint(tmp_path, 7)
 
 
 def test_only_incomplete_checkpoints_are_an_error(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10, ".metadata")
     (tmp_path / TRACKER).write_text("10")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        find_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_differences_name_both_values() -> None:

@@ -9,22 +9,22 @@ which says in which bytes of which file each tensor is. Changed bits inside a fi
 its hash, which ``--verify-integrity`` writes on saving and reads on loading.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.checkpoint.reader import missing_bytes, read_index_of
-from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
+from topk_megatron.checkpoint.reader import CheckpointReader
+from topk_megatron.errors import CheckpointError, DamagedCheckpointError
+from topk_megatron.files import replacing
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTS = (".metadata", "metadata.json")
 
 
-def find_checkpoint(
+def open_checkpoint(
     load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
-) -> Path | None:
-    """Return the torch_dist checkpoint that Megatron will load from `load`, or None.
+) -> CheckpointReader | None:
+    """Open the torch_dist checkpoint that Megatron will load from `load`; None if there is none.
 
     Args:
         load: the directory given as ``--load``.
@@ -43,12 +43,13 @@ def find_checkpoint(
             raise CheckpointError(
                 f"no complete checkpoint of iteration {step} in {load}; it has {_listing(complete)}"
             )
-        if damage := find_damage(complete[step], hashes=hashes):
+        try:
+            return CheckpointReader(complete[step], hashes=hashes)
+        except DamagedCheckpointError as error:
             raise CheckpointError(
-                f"the checkpoint of iteration {step} in {load} is damaged: {damage}; give another "
-                f"--ckpt-step of {_listing(complete)}"
-            )
-        return complete[step]
+                f"the checkpoint of iteration {step} in {load} is damaged: {error.damage}; give "
+                f"another iteration of {_listing(complete)}"
+            ) from error
     tracked = _read_tracker(load)
     if tracked == "release" or not iterations(load) or _has_legacy_format(load, tracked):
         return None
@@ -64,8 +65,8 @@ def find_checkpoint(
 
 def _latest_whole(
     load: Path, complete: dict[int, Path], tracked: Any, *, write: bool, hashes: bool
-) -> Path:
-    """Return the tracked checkpoint, or the latest undamaged one before it."""
+) -> CheckpointReader:
+    """Open the tracked checkpoint, or the latest undamaged one before it."""
     reason = "names nothing" if tracked is None else f"names iteration {tracked}, which is "
     if tracked in complete:
         candidates = [number for number in complete if number <= tracked]
@@ -73,17 +74,16 @@ def _latest_whole(
         candidates = list(complete)
         reason += "" if tracked is None else "incomplete"
     for number in sorted(candidates, reverse=True):
-        damage = find_damage(complete[number], hashes=hashes)
-        if damage is not None:
-            if number == tracked:
-                reason += f"damaged ({damage})"
-            else:
-                reason += f"; iteration {number} is damaged ({damage})"
+        try:
+            reader = CheckpointReader(complete[number], hashes=hashes)
+        except DamagedCheckpointError as error:
+            which = "" if number == tracked else f"; iteration {number} is "
+            reason += f"{which}damaged ({error.damage})"
             continue
         if write and number != tracked:
             print(f"topk_megatron: {load / TRACKER} {reason}; resuming from {number}", flush=True)
             _write_tracker(load, number)
-        return complete[number]
+        return reader
     raise CheckpointError(
         f"no checkpoint in {load} can be loaded: {load / TRACKER} {reason}; give another --load, "
         "or none to start from scratch"
@@ -124,43 +124,10 @@ def names_release(load: Path) -> bool:
 
 
 def _write_tracker(load: Path, iteration: int) -> None:
-    temporary = load / f"{TRACKER}.{os.getpid()}"
-    temporary.write_text(str(iteration))
-    temporary.replace(load / TRACKER)
+    with replacing(load / TRACKER) as temporary:
+        temporary.write_text(str(iteration))
 
 
 def _has_legacy_format(load: Path, tracked: Any) -> bool:
     directory = iterations(load).get(tracked) if isinstance(tracked, int) else None
     return directory is not None and any(directory.glob("mp_rank_*"))
-
-
-def find_damage(directory: Path, *, hashes: bool = False) -> str | None:
-    """Describe the first damage found, or None.
-
-    Args:
-        directory: a complete torch_dist checkpoint.
-        hashes: whether to compare every file with its recorded SHA-256, if there is one.
-
-    Raises:
-        UnsafeCheckpointError: its index would run code, which is not damage to step around.
-    """
-    try:
-        damage = missing_bytes(directory, read_index_of(directory))
-    except UnsafeCheckpointError:
-        raise
-    except CheckpointError as error:
-        return f".metadata cannot be read ({type(error.__cause__ or error).__name__})"
-    return damage or (_find_changed_file(directory) if hashes else None)
-
-
-def _find_changed_file(directory: Path) -> str | None:
-    from megatron.core.dist_checkpointing import validation
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    if not (directory / validation.INTEGRITY_FNAME).exists():
-        return None
-    try:
-        validation._verify_integrity_manifest_impl(str(directory))
-    except CheckpointingException as error:
-        return " ".join(str(error).splitlines()[-1].split())
-    return None

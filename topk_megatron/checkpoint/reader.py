@@ -9,6 +9,7 @@ that slice and one chunk are in memory. Every pickle is opened by
 import io
 import pickle
 from argparse import Namespace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from topk_megatron.checkpoint.pickles import check_object, read_index, read_object
-from topk_megatron.errors import CheckpointError, UnsafeCheckpointError
+from topk_megatron.errors import CheckpointError, DamagedCheckpointError, UnsafeCheckpointError
 
 # The object that Megatron saves once: arguments, iteration, schedule.
 COMMON_KEY = "common_state/shard_0_1"
@@ -41,35 +42,42 @@ class CheckpointReader:
         directory: ``…/iter_0000100``.
         tensors: shape and dtype of each global tensor, by key.
         others: keys of objects that are not tensors.
-        common: the object that Megatron saves once: arguments, iteration, schedule.
-        args: the arguments of the run that wrote it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, hashes: bool = False) -> None:
         """Read the index, and check that every file in it exists and is long enough.
 
+        Args:
+            directory: the directory of one iteration.
+            hashes: whether to compare every file with its recorded SHA-256, if there is one.
+
         Raises:
-            CheckpointError: it is not a checkpoint of this kind, or it is damaged.
+            CheckpointError: it is not a checkpoint of this kind.
+            DamagedCheckpointError: it lacks something, or cannot be read.
+            UnsafeCheckpointError: its index would run code, which is not damage to step around.
         """
         self.directory = directory
-        self._metadata = read_index_of(directory)
+        self._metadata = _read_index_of(directory)
+        if damage := _missing_bytes(directory, self._metadata):
+            raise DamagedCheckpointError(directory, damage)
+        if hashes and (damage := _changed_file(directory)):
+            raise DamagedCheckpointError(directory, damage)
         entries = self._metadata.state_dict_metadata
         self.tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self.others = [k for k, v in entries.items() if isinstance(v, BytesStorageMetadata)]
-        if (damage := missing_bytes(directory, self._metadata)) is not None:
-            raise CheckpointError(
-                f"{directory} is damaged: {damage}; copy it again, or choose another --iteration"
-            )
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self.common = self._read_common()
+
+    @cached_property
+    def args(self) -> Namespace:
+        """The arguments of the run that wrote the checkpoint."""
         args = self.common.get("args")
         if not isinstance(args, Namespace):
             raise CheckpointError(
-                f"{directory} has no arguments of a training run; it was not written by Megatron's "
-                "training loop"
+                f"{self.directory} has no arguments of a training run; it was not written by "
+                "Megatron's training loop"
             )
-        self.args = args
+        return args
 
     def read(self, key: str, lead: tuple[int, ...] = ()) -> Tensor:
         """Read one slice of a tensor: index `lead` in its first dimensions, all of the others.
@@ -105,7 +113,9 @@ class CheckpointReader:
             f"{self.directory}: {key} cannot be read, a file is damaged: {reason}"
         )
 
-    def _read_common(self) -> dict[str, Any]:
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The object that Megatron saves once: arguments, iteration, schedule."""
         legacy = self.directory / _LEGACY_COMMON
         try:
             if legacy.is_file():
@@ -174,12 +184,7 @@ class _SlicePlanner(DefaultLoadPlanner):
         self.content = value
 
 
-def read_index_of(directory: Path) -> Metadata:
-    """Read the index of a torch_dist checkpoint.
-
-    Raises:
-        CheckpointError: the index is missing or cannot be read.
-    """
+def _read_index_of(directory: Path) -> Metadata:
     path = directory / ".metadata"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a torch_dist checkpoint: it has no .metadata")
@@ -189,10 +194,10 @@ def read_index_of(directory: Path) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+        raise DamagedCheckpointError(directory, f".metadata cannot be read ({reason})") from error
 
 
-def missing_bytes(directory: Path, index: Metadata) -> str | None:
+def _missing_bytes(directory: Path, index: Metadata) -> str | None:
     """Describe the first file that is missing or shorter than the index says, or return None.
 
     Raises:
@@ -210,4 +215,17 @@ def missing_bytes(directory: Path, index: Metadata) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size < length:
             return f"{name} has {path.stat().st_size} bytes of {length}"
+    return None
+
+
+def _changed_file(directory: Path) -> str | None:
+    from megatron.core.dist_checkpointing import validation
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    if not (directory / validation.INTEGRITY_FNAME).exists():
+        return None
+    try:
+        validation._verify_integrity_manifest_impl(str(directory))
+    except CheckpointingException as error:
+        return " ".join(str(error).splitlines()[-1].split())
     return None

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from topk_megatron.checkpoint.directory import find_checkpoint, is_complete, iterations
+from topk_megatron.checkpoint.directory import is_complete, iterations, open_checkpoint
 from topk_megatron.checkpoint.flags import is_recorded
+from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
 from topk_megatron.files import new_folder, refuse_existing, write_json
 from topk_megatron.hf import modeling
@@ -81,10 +82,10 @@ def export_checkpoint(
         DataError: the tokenizer cannot be opened; nothing is left at `save`.
     """
     refuse_existing(save)
-    directory = find_checkpoint(load, iteration) if load.is_dir() else None
-    if directory is None:
+    reader = open_checkpoint(load, iteration) if load.is_dir() else None
+    if reader is None:
         raise CheckpointError(f"{load} holds no complete torch_dist checkpoint")
-    source = MegatronSource(directory, dense=settings.dense, vocab_size=_vocab_size(settings))
+    source = MegatronSource(reader, dense=settings.dense, vocab_size=_vocab_size(settings))
     with new_folder(save) as folder:
         write_folder(source, folder, settings, progress)
     return source
@@ -117,7 +118,9 @@ def export_trajectory(
     with new_folder(save) as folder:
         previous: Path | None = None
         for number, directory in complete.items():
-            source = MegatronSource(directory, dense=settings.dense, vocab_size=vocab_size)
+            source = MegatronSource(
+                CheckpointReader(directory), dense=settings.dense, vocab_size=vocab_size
+            )
             revision = folder / f"iter_{number:07d}"
             revision.mkdir()
             write_folder(source, revision, settings, progress)

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from topk_megatron.config import TopKConfig
+from topk_megatron.config import TopKConfig, exported_settings
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.files import read_object
 from topk_megatron.hf.export import FORMAT_VERSION, check_config
 from topk_megatron.hf.families import dense_config
 from topk_megatron.hf.flags import read_config, write_args
-from topk_megatron.hf.megatron_source import topk_section
 from topk_megatron.hf.model import TRAINING_FILE
 from topk_megatron.hf.safetensors import FolderWeights
 from topk_megatron.hf.tokenizer import HUGGING_FACE
@@ -68,7 +67,7 @@ class HuggingFaceSource:
             raise CheckpointError(f"{self.directory / TRAINING_FILE}: {error}") from error
         self.args.topk = settings
         self.config = read_config(self.args)
-        self.config["topk"] = topk_section(topk, self.iteration)
+        self.config["topk"] = exported_settings(topk, self.iteration)
         for name, value in self.config.items():
             if theirs.get(name) != value:
                 raise CheckpointError(
@@ -82,7 +81,7 @@ class HuggingFaceSource:
         self.iteration = 0
         hidden, layers = self.config["hidden_size"], self.config["num_hidden_layers"]
         dense = TopKConfig(hidden_size=hidden, num_layers=layers, k=hidden, layers=())
-        self.config["topk"] = topk_section(dense, 0)
+        self.config["topk"] = exported_settings(dense, 0)
         if _EMBEDDING not in self.weights.names:
             raise CheckpointError(f"{self.directory} has no {_EMBEDDING}")
         dtype = self.weights.dtype(_EMBEDDING)

@@ -1,6 +1,5 @@
 """Reads a Megatron checkpoint for conversion: configuration, TopK settings, weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor
 
 from topk_megatron.checkpoint.reader import CheckpointReader
-from topk_megatron.config import TopKConfig, k_at
+from topk_megatron.config import TopKConfig, exported_settings
 from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.hf.flags import read_config
 from topk_megatron.hf.mapping import EXTRA_STATE, NOT_THE_MODEL
-from topk_megatron.hf.pieces import SPLITS, Piece, pieces, sizes
+from topk_megatron.hf.pieces import SPLITS, Piece, shapes
 
 _LAYER = "decoder.layers."
 _VOCABULARY = "embedding.word_embeddings.weight"
@@ -31,28 +30,30 @@ class MegatronSource:
     """
 
     def __init__(
-        self, directory: Path, *, dense: bool = False, vocab_size: int | None = None
+        self, reader: CheckpointReader, *, dense: bool = False, vocab_size: int | None = None
     ) -> None:
-        """Open and check a checkpoint.
+        """Check a checkpoint.
 
         Args:
-            directory: the directory of one iteration.
+            reader: the opened checkpoint.
             dense: whether the checkpoint is meant to have no TopK settings.
             vocab_size: size of the tokenizer, for checkpoints that do not record it.
 
         Raises:
             CheckpointError: the mapping does not know a flag, a TopK setting or a weight.
         """
-        self.reader = CheckpointReader(directory)
-        args = self.reader.args
-        self.iteration = int(self.reader.common["iteration"])
-        self.topk = _read_topk(directory, args, dense)
-        self.config = read_config(args)
+        self.reader = reader
+        args = reader.args
+        self.iteration = int(reader.common["iteration"])
         self.tokens_seen = int(args.consumed_train_samples) * int(args.seq_length)
+        self.topk = _read_topk(reader.directory, args, dense)
+        section = exported_settings(self.topk, self.iteration)
+        self.config = {**read_config(args), "topk": section}
         self.config["vocab_size"] = _vocab_size(args, vocab_size)
-        self.config["topk"] = topk_section(self.topk, self.iteration)
         self.padded_vocabulary = self._padded_vocabulary()
-        self._places = self._locate()
+        self._shapes = shapes(self.config, self.padded_vocabulary)
+        self._places = {piece: self._find(piece) for piece in self._shapes}
+        self._check_shapes()
         self._refuse_unknown()
 
     @property
@@ -60,9 +61,9 @@ class MegatronSource:
         """The dtype of the weights, taken from the embedding."""
         return self.reader.tensors[_VOCABULARY].properties.dtype
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces of the model in the order of the exported file."""
-        return pieces(self.config)
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of the model in the order of the exported file."""
+        return list(self._shapes)
 
     def stored_dtype(self, piece: Piece) -> torch.dtype:
         """Return the dtype that a piece has in the checkpoint."""
@@ -70,8 +71,7 @@ class MegatronSource:
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
         """Return the shape that a piece has in Megatron."""
-        numbers = sizes(self.config, self.padded_vocabulary)
-        return tuple(numbers[word] for word in piece.row.shape)
+        return self._shapes[piece]
 
     def read(self, piece: Piece) -> Tensor:
         """Read a piece as Megatron has it."""
@@ -94,17 +94,15 @@ class MegatronSource:
             )
         return rows
 
-    def _locate(self) -> dict[Piece, tuple[str, tuple[int, ...]]]:
-        places = {piece: self._find(piece) for piece in pieces(self.config)}
-        for piece, (key, lead) in places.items():
-            expected = self.shape(piece)
+    def _check_shapes(self) -> None:
+        for piece, (key, lead) in self._places.items():
+            expected = self._shapes[piece]
             found = tuple(self.reader.tensors[key].size[len(lead) :])
             if found != expected:
                 raise CheckpointError(
                     f"{self.reader.directory}: {key} has shape {list(found)} where the "
                     f"checkpoint's own settings say {list(expected)}"
                 )
-        return places
 
     def _find(self, piece: Piece) -> tuple[str, tuple[int, ...]]:
         """Return the key and leading indices of a piece; layers may be stacked into one tensor."""
@@ -152,22 +150,6 @@ class MegatronSource:
             f"{self.reader.directory} holds {key}, which the mapping does not know for this "
             "model; exporting without it would give another model"
         )
-
-
-def topk_section(config: TopKConfig | None, iteration: int) -> dict[str, Any]:
-    """Return ``topk`` of the exported configuration, with the k of the last step taken."""
-    if config is None or not config.layers:
-        unused = dict.fromkeys(("k", "mlp_k", "mlp_groups"))
-        return {"site": "residual", "layers": [], "mode": "value", **unused}
-    settings = config.to_dict()
-    return {
-        "site": settings.get("site", "residual"),
-        "k": k_at(config, max(0, iteration - 1)),
-        "layers": list(config.layers),
-        "mode": config.mode,
-        "mlp_k": settings.get("mlp_k"),
-        "mlp_groups": settings.get("mlp_groups"),
-    }
 
 
 def _read_topk(directory: Path, args: Any, dense: bool) -> TopKConfig | None:

@@ -80,6 +80,12 @@ def sizes(config: Config, padded_vocabulary: int) -> dict[str, int]:
     }
 
 
+def shapes(config: Config, padded_vocabulary: int) -> dict[Piece, tuple[int, ...]]:
+    """Return every piece in the order of the exported file, with its shape in Megatron."""
+    numbers = sizes(config, padded_vocabulary)
+    return {piece: tuple(numbers[word] for word in piece.row.shape) for piece in pieces(config)}
+
+
 @dataclass(frozen=True)
 class Split:
     """Two inverse functions and the shapes that they produce.

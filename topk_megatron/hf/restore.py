@@ -18,7 +18,7 @@ from topk_megatron.files import new_folder, refuse_existing
 from topk_megatron.hf.export import PADDING_FILE, Progress
 from topk_megatron.hf.folder_source import HuggingFaceSource
 from topk_megatron.hf.mapping import EXTRA_STATE
-from topk_megatron.hf.pieces import SPLITS, Piece, pieces, sizes
+from topk_megatron.hf.pieces import SPLITS, Piece, pieces, shapes
 from topk_megatron.hf.safetensors import SafetensorsFile
 from topk_megatron.hf.tokenizer import SENTENCEPIECE
 
@@ -148,15 +148,13 @@ def _common(source: HuggingFaceSource) -> dict[str, Any]:
 
 
 def _chunks(source: HuggingFaceSource, padded: int) -> Iterator[Chunk]:
-    numbers = sizes(source.config, padded)
     names = source.weights.names
-    for piece in pieces(source.config):
+    for piece, shape in shapes(source.config, padded).items():
         lost = [name for name in piece.huggingface if name not in names]
         if lost:
             raise CheckpointError(
                 f"{source.directory} has no {lost[0]}, which its config.json asks for"
             )
-        shape = tuple(numbers[word] for word in piece.row.shape)
         _check_shapes(source, piece, shape)
         key, outer, lead = _place(source, piece)
         dtype = source.weights.dtype(piece.huggingface[0])

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from topk_megatron.checkpoint.directory import find_checkpoint, names_release
+from topk_megatron.checkpoint.directory import names_release, open_checkpoint
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig, anneal_end_of, parse_layers
 from topk_megatron.errors import CheckpointError, ConfigError, UnsafeCheckpointError
@@ -24,11 +24,10 @@ def open_resume(args: Namespace) -> CheckpointReader | None:
         return None
     first = args.rank == 0
     hashes = first and args.verify_integrity
-    directory = find_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
-    if directory is None:
+    reader = open_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
+    if reader is None:
         _check_needed(args)
         return None
-    reader = CheckpointReader(directory)
     if first and not args.topk_trust_checkpoint:
         check_trust(reader)
     return reader

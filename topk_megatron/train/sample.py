@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_megatron.checkpoint.directory import find_checkpoint
+from topk_megatron.checkpoint.directory import open_checkpoint
 from topk_megatron.checkpoint.flags import shapes_the_model
 from topk_megatron.checkpoint.pickles import StandIn
-from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
 from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.arguments import CPU_DEFAULTS
@@ -55,12 +54,12 @@ class Sampler:
                 match its settings.
             DataError: if the tokenizer is missing.
         """
-        directory = find_checkpoint(checkpoint, iteration)
-        if directory is None:
+        reader = open_checkpoint(checkpoint, iteration)
+        if reader is None:
             raise CheckpointError(
                 f"{checkpoint} holds no complete torch_dist checkpoint; check --load"
             )
-        saved = CheckpointReader(directory).args
+        saved, directory = reader.args, reader.directory
         flags = _flags(checkpoint, saved, iteration, tokenizer_model)
         flags += ["--topk-trust-checkpoint"] if trust else []
         self.args, self.model, self.runtime = _load(directory, saved, flags, device)

@@ -66,7 +66,7 @@ def test_a_list_of_numbers_comes_back_sorted(layers: set[int]) -> None:
     [
         ({"k": 0}, "topk_k must be in [1, hidden_size=256], got 0; raise --topk-k"),
         ({"k": 257}, "topk_k must be in [1, hidden_size=256], got 257; lower --topk-k"),
-        ({"mode": "largest"}, "--topk-mode must be value or abs"),
+        ({"mode": "largest"}, "--topk-mode must be one of value, abs"),
         ({"layers": (6,)}, "layer 6 is out of range"),
         ({"layers": (1, 1)}, "layer 1 is listed twice"),
         ({"anneal": "sudden"}, "--topk-anneal must be one of"),

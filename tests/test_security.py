@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.launch import REPOSITORY
 
-SHIPPED = ("topk_megatron", "tools", "examples", "benchmarks", "docker", "scripts")
+SHIPPED = ("topk_megatron", "tools", "examples", "benchmarks", "docker", "scripts", "contrib")
 # The only file that opens foreign pickles, through an allow list of classes.
 UNPICKLES = "topk_megatron/checkpoint/pickles.py"
 # The files that run the code of an exported folder, in a command whose user names the folder.

@@ -66,7 +66,8 @@ class TopKConfig:
     def __post_init__(self) -> None:
         _check_k("topk_k", self.k, self.hidden_size, "--topk-k")
         if self.mode not in get_args(Mode):
-            raise ConfigError(f"--topk-mode must be value or abs, got {self.mode!r}")
+            allowed = ", ".join(get_args(Mode))
+            raise ConfigError(f"--topk-mode must be one of {allowed}, got {self.mode!r}")
         _check_layers(self.layers, self.num_layers)
         self._check_anneal()
         self._check_mlp()

@@ -187,7 +187,7 @@ def test_padding_at_the_end_of_a_batch_trains_like_the_rows_alone() -> None:
         ({"topk": {**TOPK, "k": 65}}, r"topk.k must be in \[1, hidden_size=64\], got 65"),
         ({"topk": {**TOPK, "layers": [0, 3]}}, "topk.layers must be in 0 to 2"),
         ({"topk": {**TOPK, "layers": [1, 1]}}, "without repetition"),
-        ({"topk": {**TOPK, "mode": "relu"}}, "topk.mode must be value or abs, got 'relu'"),
+        ({"topk": {**TOPK, "mode": "relu"}}, "topk.mode must be one of value, abs, got 'relu'"),
         ({"topk": {**TOPK, "site": "mlp"}}, "topk.mlp_k must be in"),
         ({"topk": {**TOPK, "site": "mlp", "mlp_k": 12, "mlp_groups": 5}}, "mlp_groups must divide"),
         ({"normalization": "ScaleNorm"}, "normalization must be one of RMSNorm, LayerNorm"),

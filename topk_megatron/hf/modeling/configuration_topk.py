@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .selection_topk import KEYS
+
 TOPK_KEYS = ("site", "k", "layers", "mode", "mlp_k", "mlp_groups")
 _ALLOWED = {
     "normalization": ("RMSNorm", "LayerNorm"),
@@ -212,8 +214,8 @@ class TopKLMConfig(PretrainedConfig):
             )
         if topk["site"] not in ("residual", "mlp", "both"):
             raise ValueError(f"topk.site must be residual, mlp or both, got {topk['site']!r}")
-        if topk["mode"] not in ("value", "abs"):
-            raise ValueError(f"topk.mode must be value or abs, got {topk['mode']!r}")
+        if topk["mode"] not in KEYS:
+            raise ValueError(f"topk.mode must be one of {', '.join(KEYS)}, got {topk['mode']!r}")
         _check_layers("topk.layers", topk["layers"], self.num_hidden_layers)
         if not topk["layers"]:
             return

@@ -14,6 +14,8 @@ except ImportError:
     pack_sparse = topk_mask = topk_mask_with_bits = None
 
 FUSED = topk_mask is not None
+# The selection modes: the key that is compared.
+KEYS = {"value": lambda x: x, "abs": torch.abs}
 
 
 def select(x: Tensor, k: int, mode: str) -> Tensor:
@@ -39,8 +41,7 @@ def select_with_indices(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
 
 def _top(x: Tensor, k: int, mode: str) -> Tensor:
     # torch.topk breaks ties differently on each device; a stable sort does not.
-    key = x.detach().abs() if mode == "abs" else x.detach()
-    return torch.sort(key, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.sort(KEYS[mode](x.detach()), dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def _keep(x: Tensor, indices: Tensor) -> Tensor:

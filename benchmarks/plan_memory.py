@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from topk_megatron.compat import prepare_device
+from topk_megatron.plan.command_lines import layout_in, read_flags, shape_of
 from topk_megatron.plan.dry_run import rank_zero
-from topk_megatron.plan.flags import layout_in, read_flags, shape_of
 from topk_megatron.plan.memory import memory_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from topk_megatron.plan.assumptions import LINKS, cluster_of
-from topk_megatron.plan.flags import read_flags, shape_of
+from topk_megatron.plan.command_lines import read_flags, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.memory import input_bytes, memory_of
 from topk_megatron.plan.shape import Shape

@@ -20,7 +20,7 @@ from pathlib import Path
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.assumptions import COMPUTE_EFFICIENCY, GPUS, LINKS, cluster_of
-from topk_megatron.plan.flags import layout_in, read_flags, shape_of
+from topk_megatron.plan.command_lines import layout_in, read_flags, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.report import assumption_table, describe, to_json
 from topk_megatron.plan.script import write_script

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from topk_megatron.errors import DataError
-from topk_megatron.text.sources import BadLineError, Record, document, expand, read_records
+from topk_megatron.text.reading import BadLineError, Record, document, expand, read_records
 
 Encode = Callable[[str], list[int]]
 NO_TARGET = -100

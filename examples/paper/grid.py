@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from topk_megatron.plan.flags import read_flags
+from topk_megatron.plan.command_lines import read_flags
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)

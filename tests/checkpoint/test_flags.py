@@ -10,7 +10,7 @@ import pytest
 from tests.harness.launch import REPOSITORY
 from topk_megatron.checkpoint import flags
 from topk_megatron.checkpoint.flags import is_recorded, shapes_the_model
-from topk_megatron.hf.flags import COMPUTED, DIRECT, REFUSED
+from topk_megatron.hf.flag_mapping import COMPUTED, DIRECT, REFUSED
 
 _LIST_NAMES = """
 import json, sys

@@ -12,7 +12,7 @@ from topk_megatron.checkpoint.directory import TRACKER
 from topk_megatron.checkpoint.writer import Chunk, write_torch_dist
 from topk_megatron.config import TopKConfig
 from topk_megatron.hf.families import dense_config
-from topk_megatron.hf.flags import write_args
+from topk_megatron.hf.flag_mapping import write_args
 from topk_megatron.hf.folder_source import UNTRAINED
 from topk_megatron.hf.pieces import shapes
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from topk_megatron.hf.modeling.modeling_topk import TopKLMConfig, TopKLMForCausalLM
-from topk_megatron.hf.tokenizer import export_tokenizer
+from topk_megatron.hf.tokenizer_export import export_tokenizer
 
 HIDDEN, VOCAB, K = 64, 97, 8
 TOPK = {

@@ -7,7 +7,7 @@ import pytest
 
 from tests.harness.synthetic import synthetic_config
 from topk_megatron.errors import CheckpointError
-from topk_megatron.hf.flags import read_config, write_args
+from topk_megatron.hf.flag_mapping import read_config, write_args
 from topk_megatron.hf.mapping import TOPK_LM
 from topk_megatron.hf.pieces import SPLITS, pieces
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness.launch import REPOSITORY
-from topk_megatron.plan.flags import read_flags, shape_of
+from topk_megatron.plan.command_lines import read_flags, shape_of
 from topk_megatron.plan.shape import Shape
 
 LADDER = {"10m": 10e6, "100m": 100e6, "1b": 1e9, "7b": 7e9, "70b": 70e9, "500b": 500e9}

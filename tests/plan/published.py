@@ -7,7 +7,7 @@ nor the depth of interleaving; we assume 1 and none.
 
 from typing import NamedTuple
 
-from topk_megatron.plan.flags import shape_of
+from topk_megatron.plan.command_lines import shape_of
 from topk_megatron.plan.shape import Shape
 
 SEQUENCE, VOCABULARY = 2048, 51200

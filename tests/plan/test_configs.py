@@ -11,10 +11,10 @@ from benchmarks.plan_memory import megatron_arguments
 from tests.harness.launch import REPOSITORY, pretrain
 from tests.plan.conftest import LADDER, config_flags
 from topk_megatron.compat import prepare_device
-from topk_megatron.plan import flags as flags_module
+from topk_megatron.plan import command_lines as flags_module
 from topk_megatron.plan.assumptions import cluster_of
+from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.dry_run import rank_zero
-from topk_megatron.plan.flags import layout_in, shape_of
 from topk_megatron.plan.report import short
 from topk_megatron.plan.search import estimate, search, tensor_obstacle
 from topk_megatron.train.arguments import add_topk_arguments

@@ -13,8 +13,8 @@ import pytest
 from tests.harness.launch import REPOSITORY
 from tests.plan.conftest import SMALL, config_flags
 from topk_megatron.errors import ConfigError
+from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.dry_run import check_shard, check_stage, dry_run, stage_table
-from topk_megatron.plan.flags import layout_in, shape_of
 
 MANY_RANKS = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 MANY_RANKS += ["--pipeline-model-parallel-size", "4"]

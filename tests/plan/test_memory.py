@@ -11,7 +11,7 @@ from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.selection import Selection, SelectionRegistry
 from topk_megatron.parallel.verify import Verifier
-from topk_megatron.plan.flags import layout_in, shape_of
+from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.memory import activations, fullest, input_bytes, layer_bytes, memory_of
 from topk_megatron.plan.shape import Shape

@@ -8,7 +8,7 @@ import pytest
 from tests.plan.conftest import config_flags
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.assumptions import USABLE_MEMORY, cluster_of
-from topk_megatron.plan.flags import layout_in, shape_of
+from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.search import TIE, Estimate, estimate, search
 from topk_megatron.plan.shape import Shape
 

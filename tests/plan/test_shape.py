@@ -9,7 +9,13 @@ import pytest
 from tests.plan.conftest import SMALL
 from tests.plan.published import MODELS, Published, published_shape
 from topk_megatron.errors import ConfigError
-from topk_megatron.plan.flags import layout_flags, layout_in, read_flags, shape_of, without_layout
+from topk_megatron.plan.command_lines import (
+    layout_flags,
+    layout_in,
+    read_flags,
+    shape_of,
+    without_layout,
+)
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.shape import Shape
 

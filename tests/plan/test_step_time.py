@@ -10,7 +10,7 @@ from tests.plan.published import MODELS, Published, published_shape
 from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.wire import pack_gradient, pack_hidden
 from topk_megatron.plan.assumptions import LINK_EFFICIENCY, Cluster, cluster_of
-from topk_megatron.plan.flags import shape_of
+from topk_megatron.plan.command_lines import shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.memory import wire_of
 from topk_megatron.plan.search import estimate

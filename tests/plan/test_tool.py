@@ -18,7 +18,7 @@ from tests.harness.launch import REPOSITORY
 from tests.plan.conftest import SMALL, config_flags
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.assumptions import SCALARS, cluster_of
-from topk_megatron.plan.flags import layout_in, read_flags, shape_of
+from topk_megatron.plan.command_lines import layout_in, read_flags, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.report import assumption_table
 from topk_megatron.plan.script import write_script

@@ -17,7 +17,7 @@ import numpy as np
 from topk_megatron.errors import DataError
 from topk_megatron.files import read_object, sha256_of
 from topk_megatron.text.indexed import read_index
-from topk_megatron.text.sources import read_texts
+from topk_megatron.text.reading import read_texts
 
 _HASH_CHUNK = 1 << 22
 # A piece that stands for one byte.

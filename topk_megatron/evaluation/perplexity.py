@@ -15,7 +15,7 @@ from typing import Any
 
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.hf.model import OpenModel
-from topk_megatron.text.sources import read_texts
+from topk_megatron.text.reading import read_texts
 
 _RESAMPLES = 1000
 

@@ -24,7 +24,7 @@ from topk_megatron.hf.megatron_source import MegatronSource
 from topk_megatron.hf.model import TRAINING_FILE
 from topk_megatron.hf.pieces import SPLITS, Piece
 from topk_megatron.hf.safetensors import ShardWriter, TensorPlan, plan_shards
-from topk_megatron.hf.tokenizer import export_tokenizer, tokenizer_size
+from topk_megatron.hf.tokenizer_export import export_tokenizer, tokenizer_size
 
 TRAJECTORY_FILE = "trajectory.json"
 PADDING_FILE = "vocabulary_padding.safetensors"

@@ -11,10 +11,10 @@ from topk_megatron.errors import CheckpointError, ConfigError
 from topk_megatron.files import read_object
 from topk_megatron.hf.export import FORMAT_VERSION, check_config
 from topk_megatron.hf.families import dense_config
-from topk_megatron.hf.flags import read_config, write_args
+from topk_megatron.hf.flag_mapping import read_config, write_args
 from topk_megatron.hf.model import TRAINING_FILE
 from topk_megatron.hf.safetensors import FolderWeights
-from topk_megatron.hf.tokenizer import HUGGING_FACE
+from topk_megatron.hf.tokenizer_export import HUGGING_FACE
 
 _EMBEDDING = "model.embed_tokens.weight"
 _PARTS = ("format_version", "iteration", "topk", "tokenizer_type", "megatron_args")

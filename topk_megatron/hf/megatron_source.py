@@ -9,7 +9,7 @@ from torch import Tensor
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.config import TopKConfig, exported_settings
 from topk_megatron.errors import CheckpointError, ConfigError
-from topk_megatron.hf.flags import read_config
+from topk_megatron.hf.flag_mapping import read_config
 from topk_megatron.hf.mapping import EXTRA_STATE, NOT_THE_MODEL
 from topk_megatron.hf.pieces import SPLITS, Piece, shapes
 

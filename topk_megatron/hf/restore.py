@@ -20,7 +20,7 @@ from topk_megatron.hf.folder_source import HuggingFaceSource
 from topk_megatron.hf.mapping import EXTRA_STATE
 from topk_megatron.hf.pieces import SPLITS, Piece, pieces, shapes
 from topk_megatron.hf.safetensors import SafetensorsFile
-from topk_megatron.hf.tokenizer import SENTENCEPIECE
+from topk_megatron.hf.tokenizer_export import SENTENCEPIECE
 
 _TOKENIZER_FILES = (
     "added_tokens.json",

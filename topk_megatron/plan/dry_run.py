@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from topk_megatron.compat import prepare_device
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.plan.flags import layout_in, shape_of
+from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.layout import Layout
 from topk_megatron.plan.shape import Shape, Shapes
 

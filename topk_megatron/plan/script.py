@@ -5,7 +5,7 @@ from pathlib import Path
 
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.assumptions import Cluster
-from topk_megatron.plan.flags import grouped, layout_flags, without_layout
+from topk_megatron.plan.command_lines import grouped, layout_flags, without_layout
 from topk_megatron.plan.layout import Layout
 
 _LINE = 100  # characters per line of flags

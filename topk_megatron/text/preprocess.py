@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from topk_megatron.errors import DataError
-from topk_megatron.text.sources import BadLineError, Record, document, expand, read_records
+from topk_megatron.text.reading import BadLineError, Record, document, expand, read_records
 from topk_megatron.text.tokenizer import fingerprint, open_tokenizer
 
 # Not plain .json, which inputs have too. An input of this name is refused.

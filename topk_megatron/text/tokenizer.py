@@ -9,7 +9,7 @@ from typing import Any
 
 from topk_megatron.errors import DataError
 from topk_megatron.files import sha256_of
-from topk_megatron.text.sources import BadLineError, document, expand, read_records
+from topk_megatron.text.reading import BadLineError, document, expand, read_records
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 # Sentencepiece silently drops longer lines (its max_sentence_length).

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from topk_megatron.analysis.arguments import (
+from topk_megatron.analysis.options import (
     add_corpus_arguments,
     add_record_arguments,
     add_study_argument,

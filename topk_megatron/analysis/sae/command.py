@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.arguments import (
+from topk_megatron.analysis.options import (
     add_corpus_arguments,
     add_mean_arguments,
     add_record_arguments,

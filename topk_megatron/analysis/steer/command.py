@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.arguments import add_mean_arguments, add_study_argument, positive
+from topk_megatron.analysis.options import add_mean_arguments, add_study_argument, positive
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.analysis.arguments import positive
+from topk_megatron.analysis.options import positive
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:

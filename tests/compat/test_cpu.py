@@ -187,3 +187,14 @@ def test_transformers_fills_the_buffers_of_a_model_that_it_loads(tmp_path: Path)
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
         """
     )
+
+
+def test_our_analysis_sees_no_cuda_device_beside_a_training_run() -> None:
+    """Both may live in one process; a model must not be moved to a device that is not there."""
+    passes(
+        """
+        prepare_device()
+        from topk_megatron.hf.model import _device
+        assert _device(None).type == "cpu"
+        """
+    )

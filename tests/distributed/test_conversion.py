@@ -59,7 +59,12 @@ def run(command: list[Any], **environment: str) -> None:
         text=True,
         timeout=240,
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),  # the script imports the harness
+            **environment,
+        },
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

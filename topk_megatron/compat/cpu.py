@@ -48,8 +48,15 @@ _FACTORIES = [
 ]
 
 
-# Top-level packages that see the CPU as a CUDA device. __main__ is the script that runs the job.
-_SERVED = ("megatron", "topk_megatron", "__main__")
+# What sees the CPU as a CUDA device: Megatron, our packages that run inside its loop, and the job's
+# script. Our other packages see the machine as it is, like every library.
+_SERVED = frozenset(
+    [
+        "megatron",
+        "__main__",
+        *(f"topk_megatron.{p}" for p in ("model", "parallel", "plan", "train")),
+    ]
+)
 
 
 def redirect_cuda_to_cpu() -> None:
@@ -80,9 +87,10 @@ def _keep_device_contexts() -> None:
 
 
 def _is_served() -> bool:
-    """Return whether the caller of a patched function is Megatron or this project."""
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.partition(".")[0] in _SERVED
+    """Return whether the caller of a patched function runs inside Megatron's loop."""
+    caller: str = sys._getframe(2).f_globals.get("__name__", "")
+    first, _, rest = caller.partition(".")
+    return first in _SERVED or f"{first}.{rest.partition('.')[0]}" in _SERVED
 
 
 def _for_megatron(answer: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="exported TopK LM; runs its modeling code")
     add("--data", nargs="+", required=True, help=".jsonl files or globs; .gz and .zst too")
-    add("--config", type=Path, required=True, help="DeepSpeed's JSON, such as zero2.json here")
+    add("--config", type=Path, required=True, help="DeepSpeed's JSON, such as zero2.json")
     add("--save", type=Path, required=True, help="folder for checkpoints, log.jsonl and hf/")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--seq-length", type=int, help="tokens of the longest sequence (default: the model's)")
@@ -53,12 +53,7 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=int, default=10, help="steps of linear warmup; then a cosine to a tenth")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on GPUs, float32 on CPUs")
     add("--seed", type=int, default=0, help="seed of the order of the data")
-    add(
-        "--save-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints; 0: only after SIGTERM",
-    )
+    add("--save-every", type=int, default=100, help="steps between checkpoints; 0: only at SIGTERM")
     add("--keep", type=int, default=2, help="number of checkpoints to keep")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""The head of a test run, which says what machine it is on."""
+"""Tests of the head of a test run, which names its machine."""
 
 from typing import Any
 

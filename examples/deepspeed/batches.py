@@ -1,7 +1,7 @@
-"""Training batches from JSON lines: texts to go on pretraining with, or prompts with completions.
+"""Training batches from JSON lines: texts for pretraining, or prompts with completions.
 
-What a step sees is a function of the seed and the step alone, so that neither a restart nor another
-number of ranks changes it.
+The data of a step depend only on the seed and the step. Neither a restart nor another number of
+ranks changes them.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Example:
     """One sequence of tokens to train on.
 
     Attributes:
-        tokens: their numbers, in 32 bits.
-        context: how many tokens at its start are read and not learned (a prompt).
+        tokens: Token IDs, as 32-bit integers.
+        context: Number of tokens at the start that are read but not learned (the prompt).
     """
 
     tokens: "array[int]"
@@ -36,15 +36,18 @@ class Example:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that the loss is taken over; nothing predicts the first one."""
+        """Number of tokens in the loss; nothing predicts the first token."""
         return len(self.tokens) - max(self.context, 1)
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences padded on the right: int64 tokens, attention mask and targets, each [b, s].
+    """Sequences padded on the right, as int64 tensors of shape [b, s].
 
-    A target is the token that follows; -100 where there is none to learn.
+    Attributes:
+        tokens: Token IDs.
+        mask: Attention mask; 0 at padding.
+        targets: The token that follows each position; -100 where there is none to learn.
     """
 
     tokens: Tensor
@@ -55,38 +58,47 @@ class Microbatch:
 def read_sequences(
     patterns: Sequence[str], encode: Encode, end: int, length: int
 ) -> tuple[list[Example], str]:
-    """Read files of one kind, told by the keys of the first line.
+    """Read files of one kind; the keys of the first line decide which.
 
     Args:
-        patterns: .jsonl files or globs, perhaps compressed.
-        encode: text to token numbers.
-        end: the token that ends a document.
-        length: tokens of the longest sequence.
+        patterns: .jsonl files or globs, compressed or not.
+        encode: Turns text into token IDs.
+        end: The token that ends a document.
+        length: Largest number of tokens in a sequence.
 
     Returns:
-        The sequences, and a sentence about them.
+        The sequences, and a phrase that counts them.
 
     Raises:
-        DataError: a line that is not of this kind (with its number), or nothing to train on.
+        DataError: A line is not of this kind (the error has its number), or there is nothing to
+            train on.
     """
     records = [record for path in expand(patterns) for record in read_records(path)]
     if not records:
-        raise DataError(f"{', '.join(patterns)}: no lines; each must be a JSON object")
+        raise DataError(f"{', '.join(patterns)}: expected one JSON object per line, found no lines")
     if _keys(records[0]) >= {"text"}:
         return _pack(records, encode, end, length)
     if _keys(records[0]) >= {"prompt", "completion"}:
         return _pair(records, encode, end, length)
     found = ", ".join(sorted(_keys(records[0]))) or "none"
     raise DataError(
-        f'{_place(records[0])}: expected the key "text", or "prompt" and "completion"; has {found}'
+        f'{_place(records[0])}: expected the key "text", or "prompt" and "completion"; '
+        f"found {found}"
     )
 
 
 class Batches:
-    """Sequences in the order of training: each epoch is all of them, shuffled."""
+    """Sequences in the order of training: each epoch shuffles all of them."""
 
     def __init__(self, sequences: list[Example], batch_size: int, seed: int, pad: int) -> None:
-        """Args: batch_size: sequences of a step over all ranks. pad: token that fills up."""
+        """Keep the sequences and the settings of their order.
+
+        Args:
+            sequences: All sequences to train on.
+            batch_size: Sequences per step over all ranks.
+            seed: Seed of the order.
+            pad: The token that pads short sequences.
+        """
         self.sequences = sequences
         self.batch_size = batch_size
         self.seed = seed
@@ -94,13 +106,13 @@ class Batches:
         self._order = functools.lru_cache(2)(self._shuffled)
 
     def step(self, number: int) -> list[Example]:
-        """The sequences of a step, counted from 0."""
+        """Return the sequences of a step, counted from 0."""
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         places = [divmod(position, len(self.sequences)) for position in positions]
         return [self.sequences[self._order(epoch)[place]] for epoch, place in places]
 
     def collate(self, sequences: list[Example]) -> Microbatch:
-        """Pad to the longest of them."""
+        """Pad the sequences to the longest of them."""
         shape = (len(sequences), max(len(sequence.tokens) for sequence in sequences))
         tokens, targets = torch.full(shape, self.pad), torch.full(shape, NO_TARGET)
         mask = torch.zeros(shape, dtype=torch.int64)
@@ -118,7 +130,7 @@ class Batches:
 
 
 def summed_loss(model: Any, batches: Batches, sequences: list[Example]) -> torch.Tensor:
-    """Cross entropy in nats, summed over the targets of one microbatch."""
+    """Return the cross entropy in nats, summed over the targets of one microbatch."""
     batch, device = batches.collate(sequences), model.device
     logits = model(batch.tokens.to(device), batch.mask.to(device), use_cache=False).logits
     return torch.nn.functional.cross_entropy(
@@ -129,7 +141,7 @@ def summed_loss(model: Any, batches: Batches, sequences: list[Example]) -> torch
 def _pack(
     records: list[Record], encode: Encode, end: int, length: int
 ) -> tuple[list[Example], str]:
-    """Documents one after the other, cut into sequences of one length; the rest is dropped."""
+    """Join the documents and cut them into sequences of one length; drop the rest."""
     stream = array("i")
     for record in records:
         stream.extend([*encode(_text(record, "text")), end])
@@ -147,7 +159,7 @@ def _pack(
 def _pair(
     records: list[Record], encode: Encode, end: int, length: int
 ) -> tuple[list[Example], str]:
-    """A prompt and its completion a sequence; what is longer than `length` is left out."""
+    """Make one sequence per prompt and completion; leave out those longer than `length`."""
     sequences = []
     for record in records:
         prompt = encode(_text(record, "prompt"))
@@ -174,9 +186,9 @@ def _text(record: Record, key: str) -> str:
 
 
 def _keys(record: Record) -> set[str]:
-    """Keys of a line; complains if it is no JSON object."""
+    """Return the keys of a line, which must be a JSON object."""
     if record.line == 0:
-        raise DataError(f"{record.path}: expected a .jsonl file, with a JSON object a line")
+        raise DataError(f"{record.path}: expected a .jsonl file, with one JSON object per line")
     try:
         entry = json.loads(record.data)
     except ValueError as error:

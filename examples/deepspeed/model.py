@@ -1,6 +1,6 @@
-"""A TopK LM's folder: opened for training, and written again after it, weight by weight.
+"""Opens a TopK LM's folder for training, and writes the trained model, weight by weight.
 
-Under ZeRO-3 no GPU ever holds the whole model; rank 0 reads it into the memory of its node.
+Under ZeRO-3 no GPU ever holds the whole model; rank 0 reads it into its node's memory.
 """
 
 import json
@@ -24,11 +24,11 @@ _SHARD_BYTES = 2 * 2**30
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """config.json of a TopK LM that can be trained here.
+    """Return the config.json of a TopK LM that this example can train.
 
     Raises:
-        CheckpointError: the folder holds no TopK LM.
-        ConfigError: it has experts.
+        CheckpointError: The folder does not hold a TopK LM.
+        ConfigError: The model has experts.
     """
     config = read_object(folder / "config.json")
     if config.get("model_type") != "topk_lm":
@@ -46,26 +46,26 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The folder's own tokenizer.
+    """Open the folder's own tokenizer.
 
     Raises:
-        CheckpointError: there is none, it has no end token, or it is of another model.
+        CheckpointError: There is no tokenizer, it has no end token, or it belongs to another model.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None or len(tokenizer) > vocab_size:
         raise CheckpointError(
-            f"{folder}: its tokenizer has {len(tokenizer)} tokens and end token "
-            f"{tokenizer.eos_token_id}, expected at most {vocab_size} and one; put the tokenizer "
-            "there that the model was trained with"
+            f"{folder}: expected a tokenizer with at most {vocab_size} tokens and an end token, "
+            f"found {len(tokenizer)} tokens and end token {tokenizer.eos_token_id}; put the "
+            "tokenizer that the model was trained with into the folder"
         )
     return tokenizer
 
 
 def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
-    """The model with its weights; in parts over the ranks if DeepSpeed's settings say ZeRO-3.
+    """Open the model with its weights; ZeRO-3 in DeepSpeed's settings splits it over the ranks.
 
     Raises:
-        CheckpointError: the folder cannot be opened, or its weights do not fit its configuration.
+        CheckpointError: The folder cannot be opened, or its weights do not fit its configuration.
     """
     from deepspeed.accelerator import get_accelerator
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -81,7 +81,7 @@ def open_model(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
 def write_folder(engine: Any, source: Path, target: Path, record: dict[str, Any]) -> None:
     """Write the trained model as a folder like `source`; every rank calls it.
 
-    Code, tokenizer, model card and settings are those of `source`; weights have the dtype of
+    Code, tokenizer, model card and settings come from `source`; the weights keep the dtype of
     training. `record` goes into ``deepspeed_training.json``.
 
     Raises:
@@ -109,7 +109,7 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
 
 @contextmanager
 def _whole(parameter: Any) -> Iterator[Tensor]:
-    """A parameter, gathered from the ranks if it is in parts."""
+    """Gather a parameter from the ranks if it is split over them."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -117,7 +117,7 @@ def _whole(parameter: Any) -> Iterator[Tensor]:
 
 
 def _copy_rest(source: Path, folder: Path, dtype: torch.dtype, record: dict[str, Any]) -> None:
-    """Everything but the weights; config.json comes last, so that a part never opens."""
+    """Copy all but the weights; config.json comes last, so that no unfinished folder opens."""
     for file in sorted(source.iterdir()):
         is_weights = file.name == INDEX or file.match("model*.safetensors")
         if file.is_file() and not is_weights and file.name not in ("config.json", "README.md"):

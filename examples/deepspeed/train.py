@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 examples/deepspeed/train.py --model hf/topk --data tuning.jsonl \\
         --config examples/deepspeed/zero2.json --save runs/tuned --steps 50
 
-Lines of --data are {"text": …}, or {"prompt": …, "completion": …} with the loss on the completion.
-The same command goes on from the last checkpoint in --save; at the end --save/hf is a folder like
---model. The `deepspeed` launcher starts it as well.
+A line of --data is {"text": …}, or {"prompt": …, "completion": …} with the loss on the completion.
+The same command continues from the last checkpoint in --save. At the end, --save/hf is a folder
+like --model. The `deepspeed` launcher starts this script too.
 """
 
 import argparse
@@ -38,29 +38,29 @@ ALONE = {
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="exported TopK LM; its modeling code is run")
+    add("--model", type=Path, required=True, help="exported TopK LM; runs its modeling code")
     add("--data", nargs="+", required=True, help=".jsonl files or globs; .gz and .zst too")
-    add("--config", type=Path, required=True, help="DeepSpeed's JSON: one of this folder's")
+    add("--config", type=Path, required=True, help="DeepSpeed's JSON, such as zero2.json")
     add("--save", type=Path, required=True, help="folder for checkpoints, log.jsonl and hf/")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--seq-length", type=int, help="tokens of the longest sequence (default: the model's)")
     add("--lr", type=float, help="largest learning rate (default: the one in --config)")
-    add("--warmup", type=int, default=10, help="steps until it; a cosine to a tenth follows")
+    add("--warmup", type=int, default=10, help="steps of linear warmup; then a cosine to a tenth")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on GPUs, float32 on CPUs")
-    add("--seed", type=int, default=0, help="of the order of the data")
-    add("--save-every", type=int, default=100, help="steps; 0 saves no checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints that are kept")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it
+    add("--seed", type=int, default=0, help="seed of the order of the data")
+    add("--save-every", type=int, default=100, help="steps between checkpoints; 0: only at SIGTERM")
+    add("--keep", type=int, default=2, help="number of checkpoints to keep")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told of a machine without GPUs."""
+    """Import DeepSpeed; on a machine without GPUs, have it use the CPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -71,13 +71,13 @@ def import_deepspeed() -> Any:
             "'topk-megatron[deepspeed]'"
         ) from error
     deepspeed.utils.logger.setLevel("WARNING")
-    # A collective for inference on CPUs, which would be compiled for a minute and never called.
+    # This collective for inference on CPUs would compile for a minute and never be called.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """DeepSpeed's settings: those of the file, and what follows from flags and ranks."""
+    """Return DeepSpeed's settings: the file's, completed from the flags and the ranks."""
     try:
         settings = json.loads(args.config.read_text())
     except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Of a step counted from 0: a line up to the peak, then a cosine down to a tenth of it."""
+    """Return the rate of a step, counted from 0: linear to the peak, then a cosine to a tenth."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -108,13 +108,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 class Trainer:
-    """The loop over steps, its checkpoints and its log.
+    """Runs the loop over steps, and writes its checkpoints and its log.
 
     Args:
-        engine: DeepSpeed's.
-        batches: the data.
-        args: the command line.
-        identity: as `identity_of` has it.
+        engine: DeepSpeed's engine.
+        batches: The data.
+        args: The command line.
+        identity: The settings that `identity_of` returns.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Trainer:
         self.stopping = False
 
     def resume(self) -> int:
-        """Load the last checkpoint, if there is one; returns the steps that are done."""
+        """Load the last checkpoint, if there is one; return the number of finished steps."""
         done = 0
         if (self.checkpoints / "latest").is_file():
             _, state = self.engine.load_checkpoint(str(self.checkpoints))
@@ -137,12 +137,12 @@ class Trainer:
             (self.args.save / "run.json").write_text(text + "\n")
         if self.first:
             lines = self.log.read_text().splitlines(keepends=True) if done else []
-            self.log.write_text("".join(lines[:done]))  # what came after the checkpoint is redone
+            self.log.write_text("".join(lines[:done]))  # later steps run again
             print(f"starting after step {done} of {self.args.steps}", flush=True)
         return done
 
     def run(self, done: int) -> bool:
-        """Train; returns whether the last step was reached."""
+        """Train; return whether the last step was reached."""
         signal.signal(signal.SIGTERM, self._stop)
         for step in range(done, self.args.steps):
             started = time.perf_counter()
@@ -163,7 +163,7 @@ class Trainer:
         return True
 
     def step(self, number: int) -> tuple[float, bool]:
-        """One optimizer step; returns its loss a token, and whether any rank is to stop."""
+        """Take one optimizer step; return its loss per token, and whether any rank must stop."""
         engine, sequences = self.engine, self.batches.step(number)
         micro, parts = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
         targets = sum(sequence.num_targets for sequence in sequences)
@@ -172,7 +172,7 @@ class Trainer:
         for part in range(parts):
             place = (part * engine.world_size + engine.global_rank) * micro
             loss = summed_loss(engine, self.batches, sequences[place : place + micro])
-            # DeepSpeed takes means over ranks and parts; the mean over tokens is what is wanted.
+            # DeepSpeed averages over ranks and parts; this factor makes it a mean over tokens.
             engine.backward(loss * (engine.world_size * parts / targets))
             engine.step()
             total[0] += loss.detach()
@@ -197,7 +197,7 @@ class Trainer:
         self.stopping = True
 
     def _say_stopped(self, step: int) -> None:
-        """To the user, and to topk_megatron.train.launch, which makes exit code 75 of it."""
+        """Tell the user, and topk_megatron.train.launch, which then exits with code 75."""
         said = f"stopped by a signal after step {step}, saved in {self.checkpoints}"
         note = os.environ.get("TOPK_STOP_NOTE")
         if note is not None and os.environ["LOCAL_RANK"] == "0":
@@ -207,10 +207,10 @@ class Trainer:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be wrong with the command line alone."""
+    """Check what the command line alone can get wrong."""
     target = args.save / "hf"
     if target.exists():
-        raise CheckpointError(f"{target} exists already: this run is done; give another --save")
+        raise CheckpointError(f"{target} already exists: this run is finished; give another --save")
     for name in ("steps", "keep"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -219,7 +219,7 @@ def check(args: argparse.Namespace) -> None:
 def identity_of(
     args: argparse.Namespace, settings: dict[str, Any], length: int, sequences: int
 ) -> dict[str, Any]:
-    """What makes two runs the same run, so that one goes on from the other's checkpoints."""
+    """Return the settings that a run must share with a checkpoint to continue from it."""
     return {
         "ranks": int(os.environ["WORLD_SIZE"]),
         "ZeRO stage": settings["zero_optimization"]["stage"],
@@ -234,7 +234,7 @@ def identity_of(
 
 
 def check_same_run(save: Path, identity: dict[str, Any]) -> None:
-    """A run goes on from checkpoints of its own kind only: DeepSpeed's hold the parts of a rank."""
+    """Refuse checkpoints of a different run: DeepSpeed saves each rank's own parts."""
     checkpoints = save / "checkpoints"
     if not (checkpoints / "latest").is_file():
         return
@@ -242,14 +242,14 @@ def check_same_run(save: Path, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         if before.get(name) != value:
             raise CheckpointError(
-                f"{checkpoints} is of a run with {name}={before.get(name)}, this one has {value}; "
-                "use the same, or another --save"
+                f"{checkpoints} belongs to a run with {name}={before.get(name)}, but this run has "
+                f"{value}; use the same value, or another --save"
             )
 
 
 @exit_on_user_error
 def main() -> None:
-    """Open, train, write."""
+    """Open the model, train it and write the folder."""
     args = parse()
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)

@@ -15,7 +15,7 @@ from topk_megatron.checkpoint.reader import COMMON_KEY
 
 
 class Touch:
-    """Unpickled, creates a file; `marker` is where."""
+    """Creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -25,11 +25,11 @@ class Touch:
 
 
 def gadget(marker: Path) -> bytes:
-    """Runs a command by names of torch's checkpoint modules alone.
+    """Return a pickle that runs a command through names of torch's checkpoint modules alone.
 
-    ``_get_device_module`` is ``getattr`` on what ``torch._utils`` calls ``torch``. The pickle gets
-    the module ``torch._utils`` by it, puts ``os`` in the place of ``torch`` there, and gets
-    ``os.system``. An allow list of whole modules lets it pass.
+    ``_get_device_module`` is ``getattr`` on the object that ``torch._utils`` calls ``torch``. With
+    it, the pickle fetches the module ``torch._utils``, replaces its ``torch`` with ``os``, and
+    fetches ``os.system``. An allow list of whole modules would accept it.
     """
     module = b"torch.distributed.checkpoint.filesystem"
     function = b"c" + module + b"\n_get_device_module\nq\x00"
@@ -39,17 +39,17 @@ def gadget(marker: Path) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    """A pickle's BINUNICODE."""
+    """Return the BINUNICODE opcode for a text."""
     return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 
 def reduce_call(marker: Path) -> bytes:
-    """The plain form: the pickle calls os.system."""
+    """Return the plain form: a pickle that calls os.system."""
     return pickle.dumps(Touch(marker), protocol=2)
 
 
 def modern_call(marker: Path) -> bytes:
-    """The same by protocol 4, whose names are on the stack and not in the opcode."""
+    """Return the same call in protocol 4, where names are on the stack, not in the opcode."""
     return pickle.dumps(Touch(marker), protocol=4)
 
 
@@ -61,7 +61,7 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
 
 
 def as_saved(payload: bytes) -> bytes:
-    """The payload in the archive that torch.save writes."""
+    """Put the payload into the archive that torch.save writes."""
     saved = io.BytesIO()
     torch.save([{"iteration": 10}], saved)
     content = io.BytesIO()
@@ -76,22 +76,22 @@ def _index(directory: Path) -> Metadata:
 
 
 def in_index(directory: Path, payload: bytes) -> None:
-    """In the place of the index."""
+    """Replace the index."""
     (directory / ".metadata").write_bytes(payload)
 
 
 def in_common_state(directory: Path, payload: bytes) -> None:
-    """In the place of the arguments, in a data file; the index is clean."""
+    """Replace the arguments, which are in a data file; the index stays clean."""
     _replace_object(directory, COMMON_KEY, payload)
 
 
 def in_common_file(directory: Path, payload: bytes) -> None:
-    """In ``common.pt``, where older versions of Megatron kept the arguments."""
+    """Write ``common.pt``, where older versions of Megatron kept the arguments."""
     (directory / "common.pt").write_bytes(as_saved(payload))
 
 
 def in_another_object(directory: Path, payload: bytes) -> None:
-    """In an object that only Megatron's own loader opens, such as a generator's state."""
+    """Replace an object that only Megatron's own loader opens, such as a generator's state."""
     index = _index(directory)
     key = next(
         key

@@ -1,4 +1,4 @@
-"""Pickles that run code, planted in every file of a checkpoint, by every command that opens one."""
+"""Plants pickles that run code in every file of a checkpoint, and opens it with every command."""
 
 import os
 import shutil
@@ -45,8 +45,10 @@ def test_conversion_runs_nothing(
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_hostile_checkpoint_is_no_damage_to_step_around(checkpoint: Path, tmp_path: Path) -> None:
-    """An earlier, whole checkpoint must not be taken in its place without a word."""
+def test_a_hostile_checkpoint_is_not_skipped_like_a_damaged_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """The command must not silently open an earlier, whole checkpoint instead."""
     write_synthetic_checkpoint(checkpoint, synthetic_config(), topk=TOPK, iteration=20)
     PLACES["index"](checkpoint / "iter_0000020", PAYLOADS["call"](tmp_path / "ran"))
     done = run_tool(
@@ -61,7 +63,7 @@ def test_a_hostile_checkpoint_is_no_damage_to_step_around(checkpoint: Path, tmp_
 def trained(
     dataset: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
-    """A checkpoint of the real training loop, and the flags that resume it."""
+    """A checkpoint from the real training loop, and the flags that resume it."""
     directory = tmp_path_factory.mktemp("trained")
     cache = tmp_path_factory.mktemp("cache")
     flags = [
@@ -78,7 +80,7 @@ def trained(
 def hostile(
     place: str, payload: str, trained: tuple[Path, list[str]], tmp_path: Path
 ) -> tuple[Path, Path]:
-    """A copy of the checkpoint with something planted, and the file that it would make."""
+    """A copy of the checkpoint with a planted payload, and the file that it would create."""
     directory, marker = tmp_path / "copy", tmp_path / "ran"
     shutil.copytree(trained[0], directory)
     PLACES[place](directory / "iter_0000002", PAYLOADS[payload](marker))

@@ -1,4 +1,4 @@
-"""The installed Megatron's arguments are all recognised, and none that shapes a model is hidden."""
+"""Tests that we know all arguments of the installed Megatron, and hide none that shapes a model."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ model = {field.name for field in fields(MLATransformerConfig)} - layout
 arguments = list(vars(parse_args(arguments_provider(device))))
 print("NAMES", json.dumps({"arguments": arguments, "model": sorted(model)}))
 """
-# Old spellings, which Megatron removes when it validates its arguments.
+# Old spellings that Megatron removes when it validates its arguments.
 REMOVED = {
     "batch_size",
     "checkpoint_activations",
@@ -36,9 +36,9 @@ REMOVED = {
 MAPPED = (*DIRECT, *COMPUTED, *REFUSED)
 WORDS = flags._TABLES
 FAMILIES = [word for words in WORDS.values() for word in words if "*" in word]
-# Families that catch fields of Megatron's model configuration: how it is executed, and settings of
-# parts that a plain GPT does not have. Add one only if no field of its subject can change what a
-# trained model computes.
+# Families that match fields of Megatron's model configuration. The fields set how the model is
+# executed, or belong to parts that a plain GPT does not have. Add a family only if no field that it
+# could match changes what a trained model computes.
 OF_THE_CONFIGURATION = {
     *("*_backend", "*_dispatcher_*", "*cuda_graph*", "*deepep*", "*grouped_gemm*", "*hybridep*"),
     *("*ncclep*", "*offload*", "*overlap*", "*pipeline*", "*wgrad*", "*_interval", "inference_*"),

@@ -1,4 +1,4 @@
-"""The restricted unpicklers: what they take is what torch and Megatron write, and nothing else."""
+"""Tests that the restricted unpicklers accept only what torch and Megatron write."""
 
 import io
 import pickle
@@ -148,7 +148,7 @@ def test_generator_states_pass_the_check_before_megatron_opens_them() -> None:
         check_object(saved([Colour.RED]), "object")
 
 
-def test_torchscript_program_is_no_object(tmp_path: Path) -> None:
+def test_torchscript_program_is_not_an_object(tmp_path: Path) -> None:
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
     content = (tmp_path / "program.pt").read_bytes()
     with pytest.raises(UnsafeCheckpointError, match="TorchScript"):

@@ -1,4 +1,4 @@
-"""What the tests of examples/deepspeed share: the example's modules, a model and data."""
+"""Fixtures for the tests of examples/deepspeed: the example's modules, a model and data."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ STEPS, LENGTH = 5, 48
 
 @pytest.fixture(scope="session")
 def example() -> Iterator[Any]:
-    """The example's module `train`, as its own folder sees it."""
+    """The example's module `train`, imported as from its own folder."""
     sys.path.insert(0, str(EXAMPLE))
     yield importlib.import_module("train")
     sys.path.remove(str(EXAMPLE))
@@ -26,13 +26,13 @@ def example() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def folder(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TopK LM as tools/convert_checkpoint.py to-hf writes it, with random weights."""
+    """A TopK LM with random weights, as tools/convert_checkpoint.py to-hf writes it."""
     return make_folder(tmp_path_factory.mktemp("model") / "hf", tokenizer)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both kinds of files, of a licence's paragraphs."""
+    """Files of both kinds, built from the paragraphs of the licence."""
     directory = tmp_path_factory.mktemp("data")
     paragraphs = [
         " ".join(part.split())

@@ -1,4 +1,4 @@
-"""Data and mistakes of examples/deepspeed, in this process and without DeepSpeed."""
+"""Data and user mistakes of examples/deepspeed, tested in this process without DeepSpeed."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from tests.deepspeed.conftest import flags
 
 
 def fails(example: Any, capsys: Any, monkeypatch: Any, *arguments: str) -> str:
-    """The one line that the command ends with."""
+    """Run the command, which must fail, and return its one line of error output."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     for name, value in example.ALONE.items():
         monkeypatch.setenv(name, value)
@@ -71,9 +71,9 @@ def test_other_mistakes_end_in_one_line(
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest").write_text("step_0000003")
     (tmp_path / "run" / "run.json").write_text('{"ranks": 2}')
-    assert "is of a run with ranks=2, this one has 1" in line(folder)
+    assert "belongs to a run with ranks=2, but this run has 1" in line(folder)
     (tmp_path / "run" / "hf").mkdir()
-    assert "exists already: this run is done" in line(folder)
+    assert "already exists: this run is finished" in line(folder)
 
 
 def test_batch_size_that_ranks_cannot_share_ends_in_one_line(

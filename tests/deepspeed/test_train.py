@@ -1,4 +1,4 @@
-"""examples/deepspeed on two ranks against plain PyTorch: same batches, same AdamW, same steps."""
+"""Compares examples/deepspeed on two ranks with plain PyTorch: same batches, AdamW and steps."""
 
 import json
 import socket
@@ -20,15 +20,15 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WATCHED = Path(__file__).with_name("watched_train.py")
-# Every loss measured was equal to the last bit; other processors may round sums differently.
+# All measured losses were equal to the last bit; other processors may round sums differently.
 RELATIVE = 1e-5
-# Share of weights that a step may move differently, by over a thousandth of the learning rate:
-# those whose gradients are smaller than AdamW's eps. Measured at most 2 in 85,000.
+# The share of weights that a step may move differently, by over a thousandth of the learning rate.
+# Their gradients are smaller than AdamW's eps. We measured at most 2 in 85,000.
 DIFFERENTLY = 1e-3
 
 
 def train(ranks: int, launcher: str, *arguments: str, **environment: str) -> Run:
-    """Run the example to its end."""
+    """Run the example until it exits."""
     commands = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"],
         "deepspeed": ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"],
@@ -77,7 +77,7 @@ def open_plain(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, A
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Use one thread, as the ranks do: the number of threads decides the order of sums."""
+    """Use one thread, like the ranks: the number of threads decides the order of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +85,7 @@ def one_thread() -> Iterator[None]:
 
 
 def open_training(example: Any, folder: Path, data: Path) -> tuple[Any, Any, Any]:
-    """The model, its batches and an AdamW with the configurations' settings, without DeepSpeed."""
+    """Return the model, its batches and an AdamW with the example's settings, without DeepSpeed."""
     model, tokenizer = open_plain(folder)
 
     def encode(text: str) -> list[int]:
@@ -107,13 +107,16 @@ def open_training(example: Any, folder: Path, data: Path) -> tuple[Any, Any, Any
 def follow(
     example: Any, folder: Path, data: Path, weights: Path
 ) -> tuple[list[float], list[float]]:
-    """Take the run's steps in plain PyTorch on one process, each from the run's own weights.
+    """Take the run's steps in plain PyTorch in one process, each from the run's own weights.
 
     Two correct runs can diverge, because rounding swaps neurons that are almost tied
-    (docs/numerics.md). The run's weights and microbatches rule that out: both select the same.
+    (docs/numerics.md). With the run's weights and microbatches, both select the same neurons.
 
     Args:
-        weights: folder with the run's weights after each step.
+        example: The example's module `train`.
+        folder: The model before training.
+        data: The file that the run trained on.
+        weights: The folder with the run's weights after each step.
 
     Returns:
         The losses, and for each step the share of weights that it moved differently.
@@ -149,7 +152,7 @@ def follow(
         ("offload", "deepspeed", "text"),
     ],
 )
-def test_steps_are_plain_pytorchs_and_the_folder_holds_the_trained_model(
+def test_steps_match_plain_pytorch_and_the_folder_holds_the_trained_model(
     config: str,
     launcher: str,
     kind: str,
@@ -190,7 +193,7 @@ def test_losing_a_hundredth_of_one_ranks_gradients_is_caught(
     assert max(moved_differently) > 10 * DIFFERENTLY
 
 
-def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_losses(
+def test_stopped_run_resumes_from_its_checkpoint_with_the_same_losses(
     example: Any, folder: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments = flags(folder, data["text"], "zero2", tmp_path / "run", "--save-every", "2")

@@ -1,9 +1,9 @@
-"""The example's train.py, which also keeps weights and logits, and can be stopped or sabotaged.
+"""Runs the example's train.py, saves weights and logits, and can stop or sabotage it.
 
 TOPK_LOGITS names a file for the logits of `TOKENS`, taken from DeepSpeed's engine before it writes
 the folder. TOPK_WEIGHTS names a folder for the weights after each step. TOPK_STOP_AT is RANK:STEP;
-that rank gets SIGTERM during that step. TOPK_LOSE is the part of rank 1's gradients that is lost,
-as a faulty collective might lose it.
+that rank receives SIGTERM during that step. TOPK_LOSE is the fraction of rank 1's gradients to
+lose, as a faulty collective might.
 """
 
 import importlib
@@ -20,7 +20,7 @@ TOKENS = torch.arange(3, 43).reshape(2, 20)
 
 
 def keep_weights(engine: Any, path: Path) -> None:
-    """Save the whole weights by name; every rank calls it."""
+    """Save the full weights by name; every rank calls it."""
     import deepspeed
 
     named = dict(engine.module.named_parameters())
@@ -37,7 +37,7 @@ def lose_gradients(engine: Any, part: float) -> None:
 
 
 def main() -> None:
-    """Train."""
+    """Train with the hooks in place."""
     sys.path.insert(0, str(EXAMPLE))
     train: Any = importlib.import_module("train")
     write, step, resume = train.write_folder, train.Trainer.step, train.Trainer.resume

@@ -1,4 +1,4 @@
-"""Names the processor a test run is on: its kernels decide the rounding of sums."""
+"""Names the processor of a test run, because its kernels decide the rounding of sums."""
 
 import os
 import platform
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def read_cpuinfo() -> str:
-    """What Linux says of its processors; empty elsewhere."""
+    """Return what Linux reports about its processors; empty on other systems."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.is_file() else ""
 
 
 def describe_processor(cpuinfo: str) -> str:
-    """Model name, number of logical cores, and whether AVX-512 and AMX are there.
+    """Return the model name, the number of logical cores, and whether AVX-512 and AMX exist.
 
     Args:
-        cpuinfo: as `read_cpuinfo` has it. Without x86 flags in it, both features are left out.
+        cpuinfo: The text from `read_cpuinfo`. If it has no x86 flags, both features are left out.
     """
-    # The first processor's entries come last here, and win.
+    # In reverse order, the first processor's entries come last and win.
     pairs = [line.partition(":") for line in reversed(cpuinfo.splitlines())]
     entries = {name.strip(): value.strip() for name, _, value in pairs}
     model = entries.get("model name") or platform.processor() or platform.machine() or "unknown"

@@ -2,7 +2,7 @@
 
 A torch_dist checkpoint holds pickles in two places: its index, ``.metadata``, and the objects that
 are not tensors (arguments, generator states). Unpickling calls whatever a pickle names, so that a
-checkpoint from elsewhere could run anything. Three rules prevent that:
+checkpoint from elsewhere could run any code. Three rules prevent that:
 
 - the index is read with an explicit list of the classes that torch writes into it. Each class is
   sealed: a pickle can create instances, but cannot change the class;
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from topk_megatron.errors import UnsafeCheckpointError
 
-# What torch (2.10 to 2.14) pickles into an index.
+# The classes that torch (2.10 to 2.14) pickles into an index.
 _INDEX_CLASSES: tuple[Any, ...] = (
     metadata.BytesStorageMetadata,
     metadata.ChunkStorageMetadata,
@@ -48,10 +48,10 @@ _INDEX_CLASSES: tuple[Any, ...] = (
     *([planner.BytesIOWriteData] if hasattr(planner, "BytesIOWriteData") else []),
 )
 _PLAIN = {"argparse.Namespace": Namespace, "types.SimpleNamespace": SimpleNamespace}
-# Packages with classes that a checkpoint's arguments may hold (enums, holders of dtypes, paths).
+# Packages whose classes a checkpoint's arguments may hold (enums, holders of dtypes, paths).
 _STOOD_IN = ("megatron", "signal", "enum", "pathlib", "transformer_engine")
-# What Megatron 0.19 and Transformer Engine put into a checkpoint's objects, besides torch's own
-# tensors (megatron/core/safe_globals.py is Megatron's list of the same).
+# The names that Megatron 0.19 and Transformer Engine put into a checkpoint's objects, in addition
+# to torch's own tensors (megatron/core/safe_globals.py is Megatron's own list of them).
 _OBJECT_NAMES = frozenset(
     {
         "_codecs.encode",
@@ -102,8 +102,8 @@ def read_index(path: Path) -> Metadata:
     """Read the ``.metadata`` of a torch_dist checkpoint.
 
     Raises:
-        UnsafeCheckpointError: it names something that no index holds.
-        Exception: the pickle is damaged; any class is possible.
+        UnsafeCheckpointError: The pickle names something that no index holds.
+        Exception: The pickle is damaged; any class is possible.
     """
     with path.open("rb") as file:
         index = _IndexUnpickler(file, path).load()
@@ -113,7 +113,7 @@ def read_index(path: Path) -> Metadata:
 
 
 def _is_sound(index: Metadata) -> bool:
-    """Whether the parts that we read have the types that torch gives them."""
+    """Return whether the parts that we read have the types that torch gives them."""
     entries = getattr(index, "state_dict_metadata", None)
     places = getattr(index, "storage_data", None)
     if not isinstance(entries, dict) or not isinstance(places, dict) or not places:
@@ -133,7 +133,7 @@ class _IndexUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return sealed classes of the list, dtypes, sizes, layouts and paths; nothing else."""
+        """Return only sealed classes of the list, dtypes, sizes, layouts and paths."""
         found = _index_names().get((module, name))
         if found is None:
             raise _unsafe(f"{module}.{name}", str(self._path))
@@ -194,12 +194,14 @@ def read_object(content: bytes, source: str) -> Any:
     """Read what ``torch.save`` wrote, with torch's restricted unpickler.
 
     Args:
-        content: the bytes.
-        source: where they are from, for the error.
+        content: The bytes.
+        source: Where they come from, for the error message.
 
     Raises:
-        UnsafeCheckpointError: the object names something beyond tensors and plain classes.
-        RuntimeError, ValueError, pickle.UnpicklingError: the bytes are damaged.
+        UnsafeCheckpointError: The object names something beyond tensors and plain classes.
+        RuntimeError: The bytes are damaged.
+        ValueError: The bytes are damaged.
+        pickle.UnpicklingError: The bytes are damaged.
     """
     allowed: list[Any] = []
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)):
@@ -217,10 +219,11 @@ def check_object(content: bytes, source: str) -> None:
     """Compare every name in an object with the list, without unpickling anything.
 
     Raises:
-        UnsafeCheckpointError: a name is not on the list, or the pickle hides its names.
-        RuntimeError, ValueError: the bytes are damaged.
+        UnsafeCheckpointError: A name is not on the list, or the pickle hides its names.
+        RuntimeError: The bytes are damaged.
+        ValueError: The bytes are damaged.
     """
-    # torch's own reader and not zipfile: the two could read different records of one name.
+    # This is torch's own reader, not zipfile: the two could read different records of one name.
     archive: Any = torch._C.PyTorchFileReader(io.BytesIO(content))
     if archive.has_record("constants.pkl"):
         raise _unsafe("a TorchScript program", source)
@@ -243,6 +246,6 @@ def _torch_names() -> set[str]:
 
 def _unsafe(name: str, source: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
-        f"{source} names {name}, which no checkpoint of Megatron holds; it was not opened, because "
+        f"{source} names {name}, which no Megatron checkpoint holds; it was not opened, because "
         "that could run code"
     )

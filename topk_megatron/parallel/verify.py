@@ -10,8 +10,7 @@ from torch import Tensor
 
 from topk_megatron.errors import VerificationError
 from topk_megatron.ops.library import OPS
-
-_ALIGNMENT = 8
+from topk_megatron.parallel.wire import aligned
 
 
 class Verifier:
@@ -44,13 +43,13 @@ class Verifier:
         """Append the dense tensor to a message if the step is verified."""
         if not self.active:
             return message
-        padding = message.new_zeros(_padded(message.numel()) - message.numel())
+        padding = message.new_zeros(aligned(message.numel()) - message.numel())
         return torch.cat([message, padding, _as_bytes(dense)])
 
     def buffer(self, size: int, dense: Tensor) -> Tensor:
         """Return an empty buffer for a message of `size` bytes and the dense tensor behind it."""
         if self.active:
-            size = _padded(size) + dense.numel() * dense.element_size()
+            size = aligned(size) + dense.numel() * dense.element_size()
         return torch.empty(size, dtype=torch.uint8, device=dense.device)
 
     def strip(self, buffer: Tensor, size: int) -> Tensor:
@@ -60,13 +59,13 @@ class Verifier:
     def check_hidden(self, buffer: Tensor, size: int, x: Tensor) -> None:
         """Compare an unpacked hidden state with the dense one behind the message."""
         if self.active:
-            self.check("hidden states", x, buffer[_padded(size) :].view(x.dtype).view(x.shape))
+            self.check("hidden states", x, buffer[aligned(size) :].view(x.dtype).view(x.shape))
 
     def check_gradient(self, buffer: Tensor, size: int, dx: Tensor, indices_NK: Tensor) -> None:
         """Compare an unpacked gradient with the dense one on S; the TopK discards the rest."""
         if self.active:
             rows = indices_NK.shape[0]
-            dense = buffer[_padded(size) :].view(dx.dtype).view(rows, -1)
+            dense = buffer[aligned(size) :].view(dx.dtype).view(rows, -1)
             wanted = OPS.scatter_row(OPS.gather_row(dense, indices_NK), indices_NK, dense.shape[1])
             self.check("gradients", dx, wanted.view(dx.shape))
 
@@ -88,7 +87,3 @@ class Verifier:
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _padded(size: int) -> int:
-    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT

@@ -51,7 +51,7 @@ class WireFormat:
 
     def message_bytes(self, rows: int) -> int:
         """Return the size of a forward message in bytes."""
-        return _aligned(self.values_bytes(rows)) + rows * self.selection_bytes
+        return aligned(self.values_bytes(rows)) + rows * self.selection_bytes
 
 
 def wire_format(hidden_size: int, k: int, dtype: torch.dtype) -> WireFormat | None:
@@ -120,7 +120,7 @@ def _parts(wire: WireFormat, message: Tensor, rows: int) -> tuple[Tensor, Tensor
     """Return views of a message: values [N, K], and indices [N, K] or bitmasks [N, W]."""
     end = wire.values_bytes(rows)
     values = message[:end].view(wire.dtype).view(rows, wire.k)
-    rest = message[_aligned(end) :]
+    rest = message[aligned(end) :]
     dtype = torch.int32 if wire.bitmask else index_dtype(wire.hidden_size)
     return values, rest.view(dtype).view(rows, -1)
 
@@ -132,7 +132,8 @@ def _scatter_into(out: Tensor, values_NK: Tensor, indices_NK: Tensor) -> None:
     rows_NH.zero_().scatter_(-1, indices_NK.long(), values_NK.contiguous().view(integers))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Round a size in bytes up to where the next part of a message may begin."""
     return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 

@@ -57,10 +57,10 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
         raise ConfigError(
             f"--topk-site {config.site} does not support CUDA graphs; use --cuda-graph-impl none"
         )
-    if args.overlap_moe_expert_parallel_comm and config.residual_layers:
+    if getattr(args, "inference_fuse_tp_communication", False) and config.residual_layers:
         raise ConfigError(
-            "--overlap-moe-expert-parallel-comm runs the layers by a schedule of its own, which "
-            "leaves out the TopK of the residual stream; drop the flag"
+            "--inference-fuse-tp-communication computes the next layer's norm together with the "
+            "residual add, before the TopK; drop the flag"
         )
     check_parallel(args, config)
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):

@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import torch
 from torch import Tensor
 
 from topk_megatron.config import TopKConfig, k_at
 from topk_megatron.model.probe import LayerProbe
-from topk_megatron.ops import topk_mask, topk_mask_with_bits
+from topk_megatron.ops import topk_mask_with_bits
 from topk_megatron.parallel.selection import Selection, SelectionRegistry
 
 # A place of a TopK: "residual stream" or "MLP", and the number of its layer.
@@ -79,20 +80,24 @@ class TopKRuntime:
         Args:
             hidden_states: [s, b, h] or any [..., h], the layer's output after its residual add.
             layer: number of the layer, counted from 0.
-            training: whether to update the layer's probe; evaluation does not.
+            training: whether to update the layer's probe; evaluation does not. Neither does the
+                first pass of a recomputed layer, which runs without gradients, so that each
+                microbatch is observed once.
 
         Returns:
             The k largest neurons of each token, +0 elsewhere; same shape and dtype.
         """
         self.count("residual stream", layer, training)
-        output = self._select(hidden_states)
-        if training and self.probing:
-            self.probes[layer].observe(hidden_states, output)
+        output, bits = self._select(hidden_states)
+        if training and self.probing and torch.is_grad_enabled():
+            self.probes[layer].observe(hidden_states, output, bits)
         return output
 
-    def _select(self, hidden_states: Tensor) -> Tensor:
-        if not self.selections.active or self.k >= hidden_states.shape[-1]:
-            return topk_mask(hidden_states, self.k, mode=self.config.mode)
+    def _select(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the TopK and the bits of S, or None where every neuron is selected."""
+        if self.k >= hidden_states.shape[-1]:
+            return hidden_states, None
         output, bits = topk_mask_with_bits(hidden_states, self.k, mode=self.config.mode)
-        self.selections.remember(output, Selection(output.shape, self.k, bits=bits))
-        return output
+        if self.selections.active:
+            self.selections.remember(output, Selection(output.shape, self.k, bits=bits))
+        return output, bits

@@ -49,6 +49,8 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
                 "use --topk-anneal constant or --cuda-graph-impl none"
             )
         if args.topk_metrics:
+            # The host decides which steps are measured and counts rows, and a replay does neither;
+            # warm-up runs before a capture would be counted although no step has them.
             raise ConfigError(
                 "replaying a CUDA graph does not gather the statistics of TopK layers; "
                 "use --no-topk-metrics or --cuda-graph-impl none"

@@ -12,6 +12,9 @@ only where there is no kernel, so a missing extension needs no branch anywhere e
 
 The last two are torch's gather and scatter on the integers behind the floats. On the floats
 themselves torch rewrites the payload of a signalling NaN, so a packed row would not be restored.
+
+k and H are SymInt in the schemas: torch.compile then traces a k that anneals as a symbol and does
+not compile at every step. Kernels get plain integers.
 """
 
 from typing import Any
@@ -36,11 +39,11 @@ class TopKArgumentError(ValueError):
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define("topk_mask(Tensor x, int k, str mode) -> (Tensor, Tensor)")
+_library.define("topk_mask(Tensor x, SymInt k, str mode) -> (Tensor, Tensor)")
 _library.define("topk_mask_backward(Tensor dy, Tensor bits) -> Tensor")
-_library.define("bits_to_indices(Tensor bits, int hidden_size, int k) -> Tensor")
+_library.define("bits_to_indices(Tensor bits, SymInt hidden_size, SymInt k) -> Tensor")
 _library.define("gather_row(Tensor x, Tensor indices) -> Tensor")
-_library.define("scatter_row(Tensor values, Tensor indices, int hidden_size) -> Tensor")
+_library.define("scatter_row(Tensor values, Tensor indices, SymInt hidden_size) -> Tensor")
 
 
 # ---- the reference, wherever no kernel is registered -------------------------------------------

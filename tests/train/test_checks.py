@@ -67,19 +67,39 @@ def test_grouped_experts_cannot_have_a_topk_inside() -> None:
         check_parallel(Namespace(**args), config(site="both", mlp_k=8))
 
 
+# What `check_settings` reads in addition, with the sparse forms off.
+SETTINGS = {
+    **ACCEPTED,
+    "topk_silent_tokens": 1,
+    "topk_metrics": True,
+    "ckpt_format": "torch_dist",
+    "save": None,
+    "load": None,
+    "topk_sparse_p2p": False,
+    "topk_sparse_save": False,
+    "topk_verify": None,
+}
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_a_cuda_graph_would_keep_the_k_of_its_capture(impl: str) -> None:
+    annealed = config(anneal="cosine", anneal_start_k=64, anneal_end=10)
+    args = Namespace(**{**SETTINGS, "cuda_graph_impl": impl, "topk_metrics": False})
+    with pytest.raises(ConfigError) as refusal:
+        check_settings(args, annealed)
+    for words in (
+        f"--topk-anneal cosine cannot be combined with --cuda-graph-impl {impl}",
+        "every replay of a CUDA graph would keep the k of its capture",
+        "use --topk-anneal constant or --cuda-graph-impl none",
+    ):
+        assert words in str(refusal.value)
+    check_settings(args, config())
+    check_settings(Namespace(**SETTINGS), annealed)
+
+
 def test_a_schedule_that_leaves_the_topk_out_is_refused() -> None:
     """Megatron's overlapped expert-parallel schedule does not call the layer's exit."""
-    rest = {
-        "topk_silent_tokens": 1,
-        "topk_metrics": True,
-        "ckpt_format": "torch_dist",
-        "save": None,
-        "load": None,
-        "topk_sparse_p2p": False,
-        "topk_sparse_save": False,
-        "topk_verify": None,
-    }
-    args = Namespace(**{**ACCEPTED, **rest, "overlap_moe_expert_parallel_comm": True})
+    args = Namespace(**{**SETTINGS, "overlap_moe_expert_parallel_comm": True})
     with pytest.raises(ConfigError, match="leaves out the TopK of the residual stream"):
         check_settings(args, config())
     check_settings(args, config(layers=()))

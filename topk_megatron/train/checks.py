@@ -45,8 +45,10 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
     if args.cuda_graph_impl != "none" and config.layers:
         if config.anneal != "constant":
             raise ConfigError(
-                "a CUDA graph would freeze k at the value at which it was captured; "
-                "use --topk-anneal constant or --cuda-graph-impl none"
+                f"--topk-anneal {config.anneal} cannot be combined with --cuda-graph-impl "
+                f"{args.cuda_graph_impl}: k is a number of the host, so every replay of a CUDA "
+                "graph would keep the k of its capture; use --topk-anneal constant or "
+                "--cuda-graph-impl none"
             )
         if args.topk_metrics:
             raise ConfigError(

@@ -7,7 +7,13 @@ a mistake costs a second and not a place in the queue.
 from argparse import Namespace
 from pathlib import Path
 
-from topk_megatron.compat.accelerators import check_accelerators, find_accelerators
+import torch
+
+from topk_megatron.compat.accelerators import (
+    check_accelerators,
+    check_gpus,
+    find_accelerators,
+)
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
@@ -27,6 +33,7 @@ def check_arguments(args: Namespace, config: TopKConfig, device: str) -> None:
     if device == "cpu":
         _check_cpu(args)
     else:
+        check_gpus(args.local_rank, torch.cuda.device_count())
         check_accelerators(args, find_accelerators())
     _check_files(args)
 

@@ -1,12 +1,14 @@
 """The combinations that the sparse forms refuse, and their messages."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.train.checks import check_parallel, check_settings
+from topk_megatron.train.checks import _check_cpu, check_parallel, check_settings
+from topk_megatron.train.interruptions import guarded_save
 
 ACCEPTED = {
     "topk_sparse_p2p": True,
@@ -95,6 +97,44 @@ def test_a_cuda_graph_would_keep_the_k_of_its_capture(impl: str) -> None:
         assert words in str(refusal.value)
     check_settings(args, config())
     check_settings(Namespace(**SETTINGS), annealed)
+
+
+def test_formats_that_keep_the_settings_pass() -> None:
+    for ckpt_format in ("torch_dist", "fsdp_dtensor"):
+        check_settings(Namespace(**{**SETTINGS, "ckpt_format": ckpt_format, "save": "x"}), config())
+    args = Namespace(**{**SETTINGS, "ckpt_format": "torch", "save": "x"})
+    with pytest.raises(ConfigError, match=r"--ckpt-format torch does not store .* fsdp_dtensor"):
+        check_settings(args, config())
+
+
+def test_without_a_gpu_megatron_fsdp_is_refused() -> None:
+    args = {"transformer_impl": "local", "context_parallel_size": 1, "cuda_graph_impl": "none"}
+    _check_cpu(Namespace(**args, fp8=None, use_megatron_fsdp=False))
+    with pytest.raises(ConfigError, match=r"--use-megatron-fsdp needs a CUDA device"):
+        _check_cpu(Namespace(**args, fp8=None, use_megatron_fsdp=True))
+
+
+def test_a_checkpoint_of_megatron_fsdp_loses_its_index_before_it_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "iter_0000003" / ".metadata"
+    index.parent.mkdir()
+    args = Namespace(ckpt_format="fsdp_dtensor", rank=0, save=str(tmp_path))
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
+    seen: list[bool] = []
+
+    def save(iteration: int) -> None:
+        seen.append(index.exists())
+
+    for ckpt_format, rank, there in (
+        ("fsdp_dtensor", 0, False),
+        ("fsdp_dtensor", 1, True),
+        ("torch_dist", 0, True),
+    ):
+        args.ckpt_format, args.rank = ckpt_format, rank
+        index.touch()
+        guarded_save(save, 3)
+        assert seen.pop() is there
 
 
 def test_a_schedule_that_leaves_the_topk_out_is_refused() -> None:

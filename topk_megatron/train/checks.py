@@ -72,10 +72,11 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
             "leaves out the TopK of the residual stream; drop the flag"
         )
     check_parallel(args, config)
-    if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
+    checked = ("torch_dist", "fsdp_dtensor")
+    if config.layers and args.ckpt_format not in checked and (args.save or args.load):
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format} does not store the TopK settings in a form that "
-            "resuming can check; use torch_dist"
+            "resuming can check; use torch_dist (or fsdp_dtensor, with --use-megatron-fsdp)"
         )
 
 
@@ -123,6 +124,11 @@ def _check_cpu(args: Namespace) -> None:
     if args.cuda_graph_impl != "none":
         raise ConfigError(
             "--cuda-graph-impl needs a CUDA device and this machine has none; drop the flag"
+        )
+    if args.use_megatron_fsdp:
+        raise ConfigError(
+            "--use-megatron-fsdp needs a CUDA device and this machine has none; drop the flag "
+            "(--use-distributed-optimizer shards the optimizer on a CPU too)"
         )
     if args.fp8 is not None:
         raise ConfigError(

@@ -14,7 +14,6 @@ ACCEPTED = {
     "topk_sparse_p2p": True,
     "topk_sparse_save": True,
     "topk_verify": 10,
-    "moe_grouped_gemm": False,
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
     "pipeline_model_parallel_size": 2,
@@ -61,12 +60,6 @@ def test_unsupported_combinations_are_named(changes: dict[str, object], complain
 def test_a_dense_residual_stream_has_nothing_to_send_or_save(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="needs layers with a TopK on the residual stream"):
         check_parallel(Namespace(**ACCEPTED), config(**changes))
-
-
-def test_grouped_experts_cannot_have_a_topk_inside() -> None:
-    args = {**ACCEPTED, "moe_grouped_gemm": True}
-    with pytest.raises(ConfigError, match="cannot enter grouped experts"):
-        check_parallel(Namespace(**args), config(site="both", mlp_k=8))
 
 
 # What `check_settings` reads in addition, with the sparse forms off.

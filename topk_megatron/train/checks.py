@@ -161,10 +161,6 @@ def check_parallel(args: Namespace, config: TopKConfig) -> None:
     Raises:
         ConfigError: names the flag to change.
     """
-    if config.mlp_layers and args.moe_grouped_gemm:
-        raise ConfigError(
-            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
-        )
     if args.topk_verify is not None:
         if args.topk_verify < 1:
             raise ConfigError(f"--topk-verify must be at least 1, got {args.topk_verify}")

@@ -126,7 +126,7 @@ def check_grouped(mlp: TEGroupedMLP) -> None:
     """
     config = mlp.config
     refused = {
-        "--use-transformer-engine-op-fuser, which runs both projections in one kernel": mlp._with_fused_impl,
+        "--use-transformer-engine-op-fuser, which fuses both projections": mlp._with_fused_impl,
         "--fp8-format or --fp4-format, which pad the tokens between experts": bool(
             config.fp8 or config.fp4
         ),

@@ -75,8 +75,7 @@ RUN useradd --no-log-init --create-home --uid 10001 topk \
 COPY . .
 COPY --from=training-build /opt/topk_megatron/topk_megatron/ops/_topk_mask_cpu.so \
     /opt/topk_megatron/topk_megatron/ops/_topk_mask_cuda.so topk_megatron/ops/
-ENV PYTHONPATH=/opt/topk_megatron PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 \
-    CUDA_DEVICE_MAX_CONNECTIONS=1
+ENV PYTHONPATH=/opt/topk_megatron PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 USER 10001
 HEALTHCHECK --interval=60s --timeout=30s --start-period=120s \
     CMD ["python", "docker/health.py"]

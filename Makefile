@@ -26,11 +26,11 @@ docs: setup  ## build the documentation site in build/site, with warnings as err
 audit:  ## compare the pins with the advisory database (needs pip-audit and a network)
 	pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-test: setup  ## run the whole test suite, two files at a time (pass options with ARGS=...)
-	@$(python) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+test: setup  ## run the whole test suite, and tests/gpu where there is one (pass options with ARGS=...)
+	@WORKERS=$(WORKERS) scripts/test.sh $(ARGS)
 
 test-fast: setup  ## run the tests that take seconds
-	@$(python) -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	@WORKERS=$(WORKERS) scripts/test.sh -m "not slow" $(ARGS)
 
 lint: setup  ## check formatting, lint and types
 	@$(python) -m ruff format --check .

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 pretrain_topk_gpt.py --topk-k 32 --topk-layers all,-2 …
 
 The script takes every flag of Megatron's own GPT pretraining, plus the ``--topk-…`` group. On a
-machine without CUDA the same command runs on the CPU.
+machine without CUDA the same command runs on the CPU; with one, every rank needs a GPU.
 """
 
 from topk_megatron.cli import exit_on_user_error

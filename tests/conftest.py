@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,27 @@ TOOLS_OF_MEGATRON = ("preprocess_data.py", "sample.py")
 # No test asserts wall time, and the first example of a kernel also loads it.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+def wants_gpus(arguments: list[str], start: Path) -> bool:
+    """Return whether pytest was asked for tests/gpu and nothing else.
+
+    Args:
+        arguments: pytest's positional arguments.
+        start: the folder to which they are relative.
+    """
+    gpu = REPOSITORY / "tests" / "gpu"
+    paths = [(start / argument.split("::")[0]).resolve() for argument in arguments]
+    return bool(paths) and all(path == gpu or gpu in path.parents for path in paths)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all but tests/gpu, before anything asks torch, which remembers the answer.
+
+    The other tests start several ranks and compare them with runs on a CPU.
+    """
+    if not wants_gpus(config.args, config.invocation_params.dir):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_report_header() -> list[str]:

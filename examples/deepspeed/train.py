@@ -24,6 +24,7 @@ from batches import Batches, read_sequences, summed_loss
 from model import check_folder, open_model, open_tokenizer, write_folder
 
 from topk_megatron.cli import exit_on_user_error
+from topk_megatron.compat.accelerators import check_gpus
 from topk_megatron.errors import CheckpointError, ConfigError
 
 DTYPES = ("float32", "bfloat16")
@@ -254,6 +255,8 @@ def main() -> None:
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     check(args)
+    if torch.cuda.is_available():
+        check_gpus(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     config = check_folder(args.model)
     settings = read_settings(args)

@@ -49,6 +49,13 @@ def held_out(plays: Path) -> list[Path]:
     return files[round(0.9 * len(files)) :]
 
 
+def count_ranks() -> int:
+    """Return 2, or 1 where a second rank would have no GPU of its own, which NCCL refuses."""
+    import torch
+
+    return 1 if torch.cuda.device_count() == 1 else 2
+
+
 def step(text: str) -> None:
     """Announce a step."""
     print(f"\n== {text}", flush=True)

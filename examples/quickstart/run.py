@@ -2,11 +2,11 @@
 
     make quickstart        (or: python examples/quickstart/run.py --help)
 
-Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models with
-two ranks under torchrun on the same tokens in the same order, converts both to Hugging Face models,
-measures them on held-out plays, samples from them and studies their neurons. Trained and converted
-models are kept; delete the working directory to start from scratch. Every printed number comes from
-this run.
+Fetches Shakespeare's plays, trains a tokenizer, builds a Megatron dataset, trains both models under
+torchrun on the same tokens in the same order, converts both to Hugging Face models, measures them
+on held-out plays, samples from them and studies their neurons. Training takes two ranks, or one on
+a machine with one GPU. Trained and converted models are kept; delete the working directory to start
+from scratch. Every printed number comes from this run.
 """
 
 import argparse
@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from plays import (  # noqa: E402
     REPOSITORY,
+    count_ranks,
     fetch_plays,
     held_out,
     prepare_data,
@@ -104,7 +105,7 @@ def check_settings(directory: Path, steps: int) -> None:
 def train(
     args: argparse.Namespace, name: str, variant: str, dataset: Path, tokenizer: Path
 ) -> float | None:
-    """Train one model on two ranks, resuming if it was interrupted.
+    """Train one model, resuming if it was interrupted.
 
     Returns:
         Seconds of training, None if the model existed already.
@@ -113,9 +114,12 @@ def train(
     if (directory / f"iter_{args.steps:07d}" / "metadata.json").exists():
         step(f"the {name} model is trained already")
         return None
-    step(f"training the {name} model: {args.steps} steps on two data-parallel ranks")
+    ranks = count_ranks()
+    where = "the GPU" if ranks == 1 else f"{ranks} data-parallel ranks"
+    step(f"training the {name} model: {args.steps} steps on {where}")
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks)),
         str(REPOSITORY / "pretrain_topk_gpt.py"),
         *MODEL.split(),
         *TRAINING.split(),

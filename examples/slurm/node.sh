@@ -6,8 +6,6 @@ set -euo pipefail
 cd "$PROJECT"
 export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Megatron needs this on GPUs before Blackwell, for the order in which kernels start.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # A hanging collective ends the rank, so that the launcher can restart the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # Exactly one node keeps the list of nodes that have arrived. We name it, because torchrun would guess

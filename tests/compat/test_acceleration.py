@@ -17,6 +17,7 @@ from tests.harness.launch import REPOSITORY
 from topk_megatron.compat.accelerators import (
     Accelerators,
     check_accelerators,
+    check_gpus,
     describe,
     gpu_defaults,
 )
@@ -172,3 +173,28 @@ def test_on_a_cpu_megatron_finds_neither(tmp_path: Path) -> None:
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_number_to_start() -> None:
+    check_gpus(0, 1)
+    check_gpus(7, 8)
+    with pytest.raises(ConfigError, match=r"1 GPU .* at least 2 ranks.* --nproc-per-node 1$"):
+        check_gpus(1, 1)
+    with pytest.raises(ConfigError, match=r"4 GPUs .* at least 5 ranks.* --nproc-per-node 4$"):
+        check_gpus(4, 4)
+
+
+def test_a_training_run_counts_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from topk_megatron.config import TopKConfig
+    from topk_megatron.train import checks
+
+    for name in ("check_settings", "_check_world_size", "_check_unsupported", "_check_files"):
+        monkeypatch.setattr(checks, name, lambda *_: None)
+    monkeypatch.setattr(checks, "check_accelerators", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = TopKConfig(hidden_size=8, num_layers=1, k=2, layers=(0,))
+    checks.check_arguments(Namespace(local_rank=0), config, "cuda")
+    with pytest.raises(ConfigError, match="NCCL needs a GPU for each rank"):
+        checks.check_arguments(Namespace(local_rank=1), config, "cuda")
+    monkeypatch.setattr(checks, "_check_cpu", lambda *_: None)
+    checks.check_arguments(Namespace(local_rank=1), config, "cpu")

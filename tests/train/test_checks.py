@@ -1,18 +1,19 @@
 """The combinations that the sparse forms refuse, and their messages."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.train.checks import check_parallel, check_settings
+from topk_megatron.train.checks import _check_cpu, check_parallel, check_settings
+from topk_megatron.train.interruptions import guarded_save
 
 ACCEPTED = {
     "topk_sparse_p2p": True,
     "topk_sparse_save": True,
     "topk_verify": 10,
-    "moe_grouped_gemm": False,
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
     "pipeline_model_parallel_size": 2,
@@ -61,12 +62,6 @@ def test_a_dense_residual_stream_has_nothing_to_send_or_save(changes: dict[str, 
         check_parallel(Namespace(**ACCEPTED), config(**changes))
 
 
-def test_grouped_experts_cannot_have_a_topk_inside() -> None:
-    args = {**ACCEPTED, "moe_grouped_gemm": True}
-    with pytest.raises(ConfigError, match="cannot enter grouped experts"):
-        check_parallel(Namespace(**args), config(site="both", mlp_k=8))
-
-
 def settings(**changes: object) -> Namespace:
     """Arguments of a run that `check_settings` accepts, with changes."""
     rest = {
@@ -80,6 +75,60 @@ def settings(**changes: object) -> Namespace:
         "topk_verify": None,
     }
     return Namespace(**{**ACCEPTED, **rest, **changes})
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_a_cuda_graph_would_keep_the_k_of_its_capture(impl: str) -> None:
+    annealed = config(anneal="cosine", anneal_start_k=64, anneal_end=10)
+    args = settings(cuda_graph_impl=impl, topk_metrics=False)
+    with pytest.raises(ConfigError) as refusal:
+        check_settings(args, annealed)
+    for words in (
+        f"--topk-anneal cosine cannot be combined with --cuda-graph-impl {impl}",
+        "every replay of a CUDA graph would keep the k of its capture",
+        "use --topk-anneal constant or --cuda-graph-impl none",
+    ):
+        assert words in str(refusal.value)
+    check_settings(args, config())
+    check_settings(settings(), annealed)
+
+
+def test_formats_that_keep_the_settings_pass() -> None:
+    for ckpt_format in ("torch_dist", "fsdp_dtensor"):
+        check_settings(settings(ckpt_format=ckpt_format, save="x"), config())
+    args = settings(ckpt_format="torch", save="x")
+    with pytest.raises(ConfigError, match=r"--ckpt-format torch does not store .* fsdp_dtensor"):
+        check_settings(args, config())
+
+
+def test_without_a_gpu_megatron_fsdp_is_refused() -> None:
+    args = {"transformer_impl": "local", "context_parallel_size": 1, "cuda_graph_impl": "none"}
+    _check_cpu(Namespace(**args, fp8=None, use_megatron_fsdp=False))
+    with pytest.raises(ConfigError, match=r"--use-megatron-fsdp needs a CUDA device"):
+        _check_cpu(Namespace(**args, fp8=None, use_megatron_fsdp=True))
+
+
+def test_a_checkpoint_of_megatron_fsdp_loses_its_index_before_it_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "iter_0000003" / ".metadata"
+    index.parent.mkdir()
+    args = Namespace(ckpt_format="fsdp_dtensor", rank=0, save=str(tmp_path))
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
+    seen: list[bool] = []
+
+    def save(iteration: int) -> None:
+        seen.append(index.exists())
+
+    for ckpt_format, rank, there in (
+        ("fsdp_dtensor", 0, False),
+        ("fsdp_dtensor", 1, True),
+        ("torch_dist", 0, True),
+    ):
+        args.ckpt_format, args.rank = ckpt_format, rank
+        index.touch()
+        guarded_save(save, 3)
+        assert seen.pop() is there
 
 
 def test_the_overlapped_schedule_of_experts_is_accepted() -> None:

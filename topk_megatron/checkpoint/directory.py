@@ -1,7 +1,8 @@
 """Finds the checkpoint of a directory that can be loaded, and the damage of those that cannot.
 
 Megatron's torch_dist checkpoint is complete when it has ``.metadata`` and ``metadata.json``, which
-is written after every rank has finished. The tracker file ``latest_checkpointed_iteration.txt`` is
+is written after every rank has finished. A checkpoint of Megatron-FSDP has no ``metadata.json``:
+torch writes its ``.metadata`` last. The tracker file ``latest_checkpointed_iteration.txt`` is
 rewritten in place, so that a kill can leave it empty.
 
 There are two searches for damage. The quick one compares file sizes with the checkpoint's index,
@@ -13,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from topk_megatron.checkpoint.reader import CheckpointReader
+from topk_megatron.checkpoint.reader import CheckpointReader, is_fsdp_index
 from topk_megatron.errors import CheckpointError, DamagedCheckpointError
 from topk_megatron.files import replacing
 
@@ -22,9 +23,14 @@ _PARTS = (".metadata", "metadata.json")
 
 
 def open_checkpoint(
-    load: Path, step: int | None = None, *, write: bool = False, hashes: bool = False
+    load: Path,
+    step: int | None = None,
+    *,
+    write: bool = False,
+    hashes: bool = False,
+    fsdp: bool = False,
 ) -> CheckpointReader | None:
-    """Open the torch_dist checkpoint that Megatron will load from `load`; None if there is none.
+    """Open the checkpoint that Megatron will load from `load`; None if there is none.
 
     Args:
         load: the directory given as ``--load``.
@@ -32,11 +38,36 @@ def open_checkpoint(
         write: whether to repair a tracker that names no complete checkpoint. One rank does it; all
             ranks find the same checkpoint before and after the repair.
         hashes: whether to compare the bytes of the latest checkpoint with their recorded hashes.
+        fsdp: whether the caller can use a checkpoint of Megatron-FSDP.
 
     Raises:
         CheckpointError: checkpoint `step` is missing, incomplete or damaged, or `load` has
-            checkpoints and none of them is intact.
+            checkpoints and none of them is intact, or the caller cannot use its format.
     """
+    reader = _open_whole(load, step, write=write, hashes=hashes)
+    if reader is not None and not fsdp:
+        refuse_fsdp(reader)
+    return reader
+
+
+def refuse_fsdp(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint of Megatron-FSDP.
+
+    Raises:
+        CheckpointError: says which runs can use it, and how to get one that everything can use.
+    """
+    if reader.is_fsdp:
+        raise CheckpointError(
+            f"{reader.directory} was written by Megatron-FSDP (--ckpt-format fsdp_dtensor), and "
+            "only a run with --use-megatron-fsdp --ckpt-format fsdp_dtensor can continue from it; "
+            "to convert or sample a model, train it without --use-megatron-fsdp (for example with "
+            "--use-distributed-optimizer), which saves in torch_dist"
+        )
+
+
+def _open_whole(
+    load: Path, step: int | None, *, write: bool, hashes: bool
+) -> CheckpointReader | None:
     complete = {number: path for number, path in iterations(load).items() if is_complete(path)}
     if step is not None:
         if step not in complete:
@@ -100,8 +131,11 @@ def iterations(load: Path) -> dict[int, Path]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether every rank finished writing this torch_dist checkpoint."""
-    return all((directory / part).is_file() for part in _PARTS)
+    """Whether every rank finished writing this checkpoint."""
+    if all((directory / part).is_file() for part in _PARTS):
+        return True
+    # Megatron-FSDP's, or a torch_dist checkpoint whose writing was interrupted.
+    return (directory / _PARTS[0]).is_file() and is_fsdp_index(directory)
 
 
 def _listing(complete: dict[int, Path]) -> str:

@@ -1,5 +1,8 @@
 """Reads Megatron's torch_dist checkpoints of any layout, slice by slice, without Megatron.
 
+Of a checkpoint of Megatron-FSDP (``--ckpt-format fsdp_dtensor``) it reads the arguments and checks
+the objects, which is what resuming needs; its tensors have other names and are cut differently.
+
 A checkpoint holds global tensors in chunks, as the ranks had them. `CheckpointReader.read` builds
 one slice (a layer of a stacked tensor, an expert) from the chunks that it overlaps, so that only
 that slice and one chunk are in memory. Every pickle is opened by
@@ -33,6 +36,8 @@ from topk_megatron.errors import CheckpointError, DamagedCheckpointError, Unsafe
 # The object that Megatron saves once: arguments, iteration, schedule.
 COMMON_KEY = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
+# Megatron-FSDP saves each entry of that object by itself.
+_FSDP_ARGS = "args"
 
 
 class CheckpointReader:
@@ -67,6 +72,11 @@ class CheckpointReader:
         self.others = [k for k, v in entries.items() if isinstance(v, BytesStorageMetadata)]
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether Megatron-FSDP wrote the checkpoint."""
+        return _names_fsdp(self._metadata)
 
     @cached_property
     def args(self) -> Namespace:
@@ -123,6 +133,9 @@ class CheckpointReader:
             elif COMMON_KEY in self.others:
                 source = f"{self.directory}: {COMMON_KEY}"
                 (common,) = read_object(self.read_bytes(COMMON_KEY), source)
+            elif self.is_fsdp:
+                source = f"{self.directory}: {_FSDP_ARGS}"
+                common = {_FSDP_ARGS: read_object(self.read_bytes(_FSDP_ARGS), source)}
             else:
                 raise CheckpointError(
                     f"{self.directory} holds neither {_LEGACY_COMMON} nor {COMMON_KEY}"
@@ -195,6 +208,23 @@ def _read_index_of(directory: Path) -> Metadata:
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedCheckpointError(directory, f".metadata cannot be read ({reason})") from error
+
+
+def is_fsdp_index(directory: Path) -> bool:
+    """Return whether a directory's index is one that Megatron-FSDP wrote, and can be read.
+
+    Raises:
+        UnsafeCheckpointError: the index would run code.
+    """
+    try:
+        return _names_fsdp(_read_index_of(directory))
+    except DamagedCheckpointError:
+        return False
+
+
+def _names_fsdp(index: Metadata) -> bool:
+    # torch_dist keeps the arguments inside the common state, or in a file of their own.
+    return _FSDP_ARGS in index.state_dict_metadata
 
 
 def _missing_bytes(directory: Path, index: Metadata) -> str | None:

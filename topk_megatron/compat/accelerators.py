@@ -126,6 +126,20 @@ def check_accelerators(args: Namespace, found: Accelerators) -> None:
             )
 
 
+def check_gpus(local_rank: int, gpus: int) -> None:
+    """Refuse more ranks on a machine than it has GPUs.
+
+    Raises:
+        ConfigError: says how many ranks to start.
+    """
+    if local_rank >= gpus:
+        here = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise ConfigError(
+            f"this machine has {here} and was given at least {local_rank + 1} ranks, but NCCL "
+            f"needs a GPU for each rank; start torchrun with --nproc-per-node {gpus}"
+        )
+
+
 def describe(found: Accelerators, args: Namespace) -> str:
     """Say in one line which layers run."""
     if args.transformer_impl == "transformer_engine":

@@ -5,17 +5,23 @@ types in ``megatron/core/transformer/module.py``), so the choice cannot wait for
 """
 
 import os
+import sys
 import warnings
+from argparse import Namespace
 
 import torch
 
 from topk_megatron.compat.accelerators import check_apex, hide_accelerators
+from topk_megatron.compat.connections import NO_GPU, compute_capability, peek, set_connections
 
 _prepared: str | None = None
 
 
 def prepare_device() -> str:
     """Switch the CPU layer on if this machine has no CUDA device; safe to call more than once.
+
+    Every call also sets CUDA_DEVICE_MAX_CONNECTIONS for the flags on the command line, on a GPU
+    before anything starts CUDA.
 
     Returns:
         ``"cuda"`` or ``"cpu"``.
@@ -24,8 +30,10 @@ def prepare_device() -> str:
         ConfigError: if a package other than NVIDIA's is installed under the name `apex`.
     """
     global _prepared
+    flags = peek(sys.argv[1:])
     if _prepared is None:
         check_apex()
+        set_connections(flags, compute_capability())
         _prepared = "cuda" if torch.cuda.is_available() else "cpu"
         if _prepared == "cpu":
             _set_environment()
@@ -33,15 +41,19 @@ def prepare_device() -> str:
             from topk_megatron.compat.cpu import redirect_cuda_to_cpu
 
             redirect_cuda_to_cpu()
+    fit_connections(flags)
     return _prepared
+
+
+def fit_connections(args: Namespace) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS for Megatron's arguments, on the device chosen before."""
+    set_connections(args, NO_GPU if _prepared == "cpu" else compute_capability())
 
 
 def _set_environment() -> None:
     # Megatron decorates small functions with torch.compile. Without a GPU that costs a compiler
     # run in every process and gains nothing. torch._dynamo reads this when it is first imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron asserts this under tensor parallelism, for the order of CUDA launches.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # A dozen modules of Megatron warn of this on every rank; without a GPU it is expected.
     warnings.filterwarnings(
         "ignore", message="(Transformer Engine and )?Apex (is|are) not installed"

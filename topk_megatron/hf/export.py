@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-from topk_megatron.checkpoint.directory import is_complete, iterations, open_checkpoint
+from topk_megatron.checkpoint.directory import (
+    is_complete,
+    iterations,
+    open_checkpoint,
+    refuse_fsdp,
+)
 from topk_megatron.checkpoint.flags import is_recorded
 from topk_megatron.checkpoint.reader import CheckpointReader
 from topk_megatron.errors import CheckpointError
@@ -118,9 +123,9 @@ def export_trajectory(
     with new_folder(save) as folder:
         previous: Path | None = None
         for number, directory in complete.items():
-            source = MegatronSource(
-                CheckpointReader(directory), dense=settings.dense, vocab_size=vocab_size
-            )
+            reader = CheckpointReader(directory)
+            refuse_fsdp(reader)
+            source = MegatronSource(reader, dense=settings.dense, vocab_size=vocab_size)
             revision = folder / f"iter_{number:07d}"
             revision.mkdir()
             write_folder(source, revision, settings, progress)

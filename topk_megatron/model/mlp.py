@@ -3,7 +3,9 @@
 Megatron's MLP computes fc1, the activation and fc2 in one method, in five fused and unfused ways.
 All of them end in a call of fc2, so the TopK is a module of the MLP that runs on fc2's input.
 Experts multiply their activation by the token's routing weight before fc2. Here the MLP is called
-without the weight, and this module multiplies by it after the TopK, as Megatron would have.
+without the weight, and this module multiplies by it after the TopK, as Megatron would have. Grouped
+experts (``--moe-grouped-gemm``) hold all experts of a rank in one module, tokens in expert order;
+they cannot be called without a weight, and get ones.
 
 Shapes: x_TP has T tokens (any leading dimensions) and P = F / p units of this tensor-parallel rank.
 """
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor, nn
 
 from topk_megatron.config import TopKConfig
@@ -55,7 +58,7 @@ class TopKActivation(nn.Module):
         size = self.group.size()
         return grouped_topk_mask(x_TP, k // size, groups // size, mode=mode)
 
-    def attach(self, mlp: MLP) -> None:
+    def attach(self, mlp: Any) -> None:
         """Make this module run on every call of the MLP's fc2."""
         mlp.register_forward_pre_hook(self._take_weights, with_kwargs=True)
         fc2: Any = mlp.linear_fc2
@@ -83,6 +86,26 @@ class TopKActivation(nn.Module):
         return output[0] + output[1].unsqueeze(0) * weights.unsqueeze(-1), None
 
 
+class GroupedTopKActivation(TopKActivation):
+    """The TopK of all experts in one `TEGroupedMLP` (megatron/core/transformer/moe/experts.py).
+
+    A row of fc2's input is a token of one expert, so that the rows need not be told apart.
+    """
+
+    def attach(self, mlp: Any) -> None:
+        """Make this module run on every call of fc2."""
+        if not mlp.config.moe_apply_probs_on_input:  # else Megatron sets the weights to one itself
+            mlp.register_forward_pre_hook(self._replace_weights)
+        fc2: Any = mlp.linear_fc2
+        fc2.register_forward_pre_hook(self._before_fc2)
+
+    def _replace_weights(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Keep the routing weights [T] of `permuted_probs`, and hand on ones."""
+        hidden_states, tokens_per_expert, self._weights, *rest = args
+        assert self._weights is not None
+        return (hidden_states, tokens_per_expert, torch.ones_like(self._weights), *rest)
+
+
 def add_topk(
     layer: torch.nn.Module, config: TopKConfig, applied: Callable[[bool], None] | None = None
 ) -> None:
@@ -97,22 +120,54 @@ def add_topk(
         ConfigError: if the layer's MLP is fused, so that the TopK cannot enter it, or its width or
             layout does not fit the settings.
     """
-    mlps = [module for module in layer.modules() if isinstance(module, MLP)]
+    mlps = [module for module in layer.modules() if isinstance(module, (MLP, TEGroupedMLP))]
     if not mlps:
         raise ConfigError(
-            "--topk-site mlp cannot enter any MLP of this layer (its experts are grouped or "
-            "fused); use --topk-site residual, or drop --moe-grouped-gemm and --use-te-op-fuser"
+            "--topk-site mlp cannot enter any MLP of this layer (it is fused); use --topk-site "
+            "residual, or drop --use-transformer-engine-op-fuser"
         )
     for mlp in mlps:
         group: Any = mlp.tp_group
         size = group.size()
         check_fit(config, local_width(mlp) * size, size)
-        mlp.topk = TopKActivation(config, group, applied)
+        if isinstance(mlp, TEGroupedMLP):
+            check_grouped(mlp)
+            mlp.topk = GroupedTopKActivation(config, group, applied)
+        else:
+            mlp.topk = TopKActivation(config, group, applied)
         mlp.topk.attach(mlp)
 
 
-def local_width(mlp: MLP) -> int:
+def check_grouped(mlp: TEGroupedMLP) -> None:
+    """Refuse grouped experts that do not leave the TopK its place before fc2.
+
+    Raises:
+        ConfigError: names the flag to change.
+    """
+    config = mlp.config
+    refused = {
+        "--use-transformer-engine-op-fuser, which fuses both projections": mlp._with_fused_impl,
+        "--fp8-format or --fp4-format, which pad the tokens between experts": bool(
+            config.fp8 or config.fp4
+        ),
+        "biases, which grouped experts weigh themselves (give --disable-bias-linear)": (
+            config.add_bias_linear
+        ),
+    }
+    for words, asked in refused.items():
+        if asked:
+            raise ConfigError(
+                f"--topk-site mlp with --moe-grouped-gemm cannot be combined with {words}; drop "
+                "that, or --moe-grouped-gemm"
+            )
+
+
+def local_width(mlp: MLP | TEGroupedMLP) -> int:
     """Return the number of units of the MLP's inner dimension on this rank."""
+    if isinstance(mlp, TEGroupedMLP):
+        width = mlp.config.moe_ffn_hidden_size
+        assert width is not None
+        return width // mlp.tp_group.size()
     rows: int = mlp.linear_fc1.weight.shape[0]  # pyright: ignore
     return rows // 2 if mlp.config.gated_linear_unit else rows
 

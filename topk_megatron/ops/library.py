@@ -1,4 +1,4 @@
-"""The custom ops behind `topk_mask`: schemas, fake kernels, autograd and the reference fallback.
+"""The custom ops behind `topk_mask`: schemas, fake kernels and the reference fallback.
 
 The compiled libraries register kernels for the CPU and CUDA dispatch keys of these ops. The
 reference is registered for all devices at once (CompositeExplicitAutograd). The dispatcher uses it
@@ -13,6 +13,9 @@ only where there is no kernel, so a missing extension needs no branch anywhere e
 
 Gather and scatter are torch's gather and scatter on the integers behind the floats. On the floats
 themselves torch rewrites the payload of a signalling NaN, so a packed row would not be restored.
+
+k and H are SymInt in the schemas: torch.compile then traces a k that anneals as a symbol and does
+not compile at every step. Kernels get plain integers.
 """
 
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_megatron.ops.derivatives import register_derivatives
 from topk_megatron.ops.extension import warn_fallback
 from topk_megatron.ops.reference import (
     bits_to_indices_reference,
@@ -38,12 +42,12 @@ class TopKArgumentError(ValueError):
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define("topk_mask(Tensor x, int k, str mode) -> (Tensor, Tensor)")
+_library.define("topk_mask(Tensor x, SymInt k, str mode) -> (Tensor, Tensor)")
 _library.define("topk_mask_backward(Tensor dy, Tensor bits) -> Tensor")
-_library.define("bits_to_indices(Tensor bits, int hidden_size, int k) -> Tensor")
+_library.define("bits_to_indices(Tensor bits, SymInt hidden_size, SymInt k) -> Tensor")
 _library.define("gather_row(Tensor x, Tensor indices) -> Tensor")
-_library.define("scatter_row(Tensor values, Tensor indices, int hidden_size) -> Tensor")
-_library.define("count_bits(Tensor bits, int hidden_size) -> Tensor")
+_library.define("scatter_row(Tensor values, Tensor indices, SymInt hidden_size) -> Tensor")
+_library.define("count_bits(Tensor bits, SymInt hidden_size) -> Tensor")
 
 
 # ---- the reference, wherever no kernel is registered -------------------------------------------
@@ -116,58 +120,9 @@ def _count_bits_fake(bits: Tensor, hidden_size: int) -> Tensor:
     return bits.new_empty((hidden_size,), dtype=torch.int64)
 
 
-# ---- gradients: dy on S, and the same again for the second derivative ----------------------------
+# ---- derivatives ---------------------------------------------------------------------------------
 
-
-def _save_bits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
-    (bits,) = ctx.saved_tensors
-    if dy is None:
-        return None, None, None
-    return torch.ops.topk_megatron.topk_mask_backward(dy, bits), None, None
-
-
-def _save_bits_of_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _double_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:
-    (bits,) = ctx.saved_tensors
-    return torch.ops.topk_megatron.topk_mask_backward(ddx, bits), None
-
-
-torch.library.register_autograd(f"{NAMESPACE}::topk_mask", _backward, setup_context=_save_bits)
-torch.library.register_autograd(
-    f"{NAMESPACE}::topk_mask_backward", _double_backward, setup_context=_save_bits_of_backward
-)
-
-
-def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.hidden_size = inputs[0].shape[-1]
-
-
-def _gather_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None]:
-    (indices,) = ctx.saved_tensors
-    return torch.ops.topk_megatron.scatter_row(dvalues, indices, ctx.hidden_size), None
-
-
-def _scatter_backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-    (indices,) = ctx.saved_tensors
-    return torch.ops.topk_megatron.gather_row(dx, indices), None, None
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::gather_row", _gather_backward, setup_context=_save_indices
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::scatter_row", _scatter_backward, setup_context=_save_indices
-)
+register_derivatives(_library)
 
 
 # ---- vmap: refused, because the op already takes any number of leading dimensions ----------------

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn, get_args
 
 from topk_megatron.compat.accelerators import describe, find_accelerators, gpu_defaults
+from topk_megatron.compat.connections import describe_connections
 from topk_megatron.compat.patches import repair_help
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, Site
 from topk_megatron.errors import ConfigError
@@ -175,9 +176,9 @@ def _raise_usage(message: str) -> NoReturn:
 
 
 def describe_device(args: Namespace, device: str) -> str:
-    """Say in one line what Megatron's layers run on."""
+    """Say what Megatron's layers run on: a line on a CPU, two on a GPU."""
     if device == "cuda":
-        return describe(find_accelerators(), args)
+        return f"{describe(find_accelerators(), args)}\n{describe_connections()}"
     return (
         "topk_megatron: no CUDA device here; Megatron runs on the CPU "
         "(gloo, local modules, no fused kernels)"

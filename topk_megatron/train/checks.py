@@ -7,7 +7,13 @@ a mistake costs a second and not a place in the queue.
 from argparse import Namespace
 from pathlib import Path
 
-from topk_megatron.compat.accelerators import check_accelerators, find_accelerators
+import torch
+
+from topk_megatron.compat.accelerators import (
+    check_accelerators,
+    check_gpus,
+    find_accelerators,
+)
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError, DataError
 from topk_megatron.text.tokenizer import check_tokenizer_path
@@ -27,6 +33,7 @@ def check_arguments(args: Namespace, config: TopKConfig, device: str) -> None:
     if device == "cpu":
         _check_cpu(args)
     else:
+        check_gpus(args.local_rank, torch.cuda.device_count())
         check_accelerators(args, find_accelerators())
     _check_files(args)
 
@@ -45,8 +52,10 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
     if args.cuda_graph_impl != "none" and config.layers:
         if config.anneal != "constant":
             raise ConfigError(
-                "a CUDA graph would freeze k at the value at which it was captured; "
-                "use --topk-anneal constant or --cuda-graph-impl none"
+                f"--topk-anneal {config.anneal} cannot be combined with --cuda-graph-impl "
+                f"{args.cuda_graph_impl}: k is a number of the host, so every replay of a CUDA "
+                "graph would keep the k of its capture; use --topk-anneal constant or "
+                "--cuda-graph-impl none"
             )
         if args.topk_metrics:
             # The host decides which steps are measured and counts rows, and a replay does neither;
@@ -65,10 +74,11 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
             "residual add, before the TopK; drop the flag"
         )
     check_parallel(args, config)
-    if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):
+    checked = ("torch_dist", "fsdp_dtensor")
+    if config.layers and args.ckpt_format not in checked and (args.save or args.load):
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format} does not store the TopK settings in a form that "
-            "resuming can check; use torch_dist"
+            "resuming can check; use torch_dist (or fsdp_dtensor, with --use-megatron-fsdp)"
         )
 
 
@@ -117,6 +127,11 @@ def _check_cpu(args: Namespace) -> None:
         raise ConfigError(
             "--cuda-graph-impl needs a CUDA device and this machine has none; drop the flag"
         )
+    if args.use_megatron_fsdp:
+        raise ConfigError(
+            "--use-megatron-fsdp needs a CUDA device and this machine has none; drop the flag "
+            "(--use-distributed-optimizer shards the optimizer on a CPU too)"
+        )
     if args.fp8 is not None:
         raise ConfigError(
             "--fp8-format needs a CUDA device and this machine has none; drop the flag"
@@ -148,10 +163,6 @@ def check_parallel(args: Namespace, config: TopKConfig) -> None:
     Raises:
         ConfigError: names the flag to change.
     """
-    if config.mlp_layers and args.moe_grouped_gemm:
-        raise ConfigError(
-            f"--topk-site {config.site} cannot enter grouped experts; drop --moe-grouped-gemm"
-        )
     if args.topk_verify is not None:
         if args.topk_verify < 1:
             raise ConfigError(f"--topk-verify must be at least 1, got {args.topk_verify}")

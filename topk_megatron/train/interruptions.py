@@ -44,6 +44,7 @@ def guarded_save(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any
     # Starting the tracker later would unblock SIGTERM again (multiprocessing/resource_tracker.py).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    _mark_incomplete(iteration)
     try:
         return save_checkpoint(iteration, *args, **kwargs)
     except (Exception, CheckpointException) as error:  # the latter is not an Exception
@@ -54,6 +55,19 @@ def guarded_save(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any
         raise RunError(_sentence(reason, save, iteration)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _mark_incomplete(iteration: int) -> None:
+    """Remove the index of a Megatron-FSDP checkpoint that is about to be overwritten.
+
+    torch writes the index last, so that without it a checkpoint counts as incomplete. It would
+    leave the old one meanwhile (`patches.mark_saves_incomplete` does this for torch_dist).
+    """
+    from megatron.training import get_args
+
+    args: Any = get_args()
+    if args.ckpt_format == "fsdp_dtensor" and args.rank == 0:
+        (Path(args.save) / f"iter_{iteration:07d}" / ".metadata").unlink(missing_ok=True)
 
 
 def _refused(error: BaseException, save: Path) -> str | None:

@@ -24,7 +24,13 @@ def open_resume(args: Namespace) -> CheckpointReader | None:
         return None
     first = args.rank == 0
     hashes = first and args.verify_integrity
-    reader = open_checkpoint(Path(args.load), args.ckpt_step, write=first, hashes=hashes)
+    reader = open_checkpoint(
+        Path(args.load),
+        args.ckpt_step,
+        write=first,
+        hashes=hashes,
+        fsdp=args.ckpt_format == "fsdp_dtensor",
+    )
     if reader is None:
         _check_needed(args)
         return None

@@ -23,6 +23,7 @@ from topk_megatron.parallel.pipeline import SparseP2PCommunicator
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.verify import Verifier
 from topk_megatron.train.bypass import check_applied
+from topk_megatron.train.step import check_losses
 
 # Flags on which both sides of a message must agree, in addition to the model's settings.
 _FLAGS = ("topk_sparse_p2p", "topk_verify")
@@ -70,7 +71,7 @@ class StepRunner:
             kwargs["p2p_communicator"] = self.communicator
             if kwargs.get("pg_collection") is None:
                 kwargs["pg_collection"] = _default_groups()
-        result = schedule(*args, **kwargs)
+        result = _run_checked(schedule, *args, **kwargs)
         self._check_applied("evaluation" if forward_only else "training")
         if self.verifier.active and not forward_only:
             self._report(iteration)
@@ -133,6 +134,21 @@ def current_iteration(args: Namespace) -> int:
     loaded again, --skip-train) must use the k of the last step, not of step 0.
     """
     return max(getattr(args, "curr_iteration", 0), args.iteration - 1, 0)
+
+
+def _run_checked(schedule: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the schedule, then check the losses of all its microbatches, before weights change.
+
+    Megatron checks gradients inside the schedule. Its error about a NaN there is only the
+    consequence of a loss that is not finite, which is then what ends the run.
+    """
+    try:
+        result = schedule(*args, **kwargs)
+    except RuntimeError:
+        check_losses()
+        raise
+    check_losses()
+    return result
 
 
 def _default_groups() -> Any:

@@ -1,5 +1,6 @@
 """One microbatch: fetch it, run the model and reduce the loss."""
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 # A loss this many times the largest one so far is reported (--check-for-spiky-loss).
 _SPIKE = 10
+# The losses of this step that `check_losses` has not read yet, on the device.
+_unread: list[Tensor] = []
 
 
 def forward_step(
@@ -153,15 +156,15 @@ def reduce_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict
 def _validate_loss(loss: Tensor) -> None:
     """Check a rank's own loss, before ranks average it.
 
-    Raises:
-        RunError: if the loss is NaN or infinite under ``--rerun-mode disabled``, the default here.
-            In other modes Megatron first tries to find out whether the hardware is at fault.
+    Under ``--rerun-mode disabled``, the default here, `check_losses` does it at the end of the
+    step, so that microbatches do not wait for the device one after the other. In other modes
+    Megatron checks at once, and first tries to find out whether the hardware is at fault.
     """
     args: Any = get_args()
     machine = get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
         if args.rerun_mode == "disabled":
-            _refuse_non_finite(loss, args)
+            _unread.append(loss.detach())
         else:
             checks: Any = ((torch.isnan, "NaN"), (torch.isinf, "Inf"))
             for rejection, name in checks:
@@ -179,10 +182,24 @@ def _validate_loss(loss: Tensor) -> None:
         )
 
 
-def _refuse_non_finite(loss: Tensor, args: Namespace) -> None:
-    if bool(torch.isfinite(loss)):
+def check_losses() -> None:
+    """Read the losses of all microbatches of a step, which waits for the device once.
+
+    Raises:
+        RunError: if a loss is NaN or infinite.
+    """
+    if not _unread:
         return
-    kind = "NaN" if bool(torch.isnan(loss)) else "infinite"
+    losses = torch.stack(_unread)
+    _unread.clear()
+    for loss in losses.tolist():
+        _refuse_non_finite(loss, get_args())
+
+
+def _refuse_non_finite(loss: float, args: Any) -> None:
+    if math.isfinite(loss):
+        return
+    kind = "NaN" if math.isnan(loss) else "infinite"
     iteration = max(getattr(args, "curr_iteration", 0), args.iteration) + 1
     after = f"; --load {args.save} resumes from the last checkpoint" if args.save else ""
     raise RunError(

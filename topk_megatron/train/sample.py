@@ -98,9 +98,7 @@ class Sampler:
         tokens = torch.tensor([ids], device=device)
         length = tokens.shape[1]
         positions = torch.arange(length, device=device).unsqueeze(0)
-        # True where attention is not allowed, as in Megatron's masks.
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-        return self.model(tokens, positions, mask)[0, -1].float().cpu()
+        return self.model(tokens, positions, None)[0, -1].float().cpu()
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

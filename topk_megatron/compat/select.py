@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from topk_megatron.compat.accelerators import check_apex, hide_accelerators
+from topk_megatron.compat.accelerators import check_apex, find_no_compiler, hide_accelerators
 
 _prepared: str | None = None
 
@@ -33,6 +33,10 @@ def prepare_device() -> str:
             from topk_megatron.compat.cpu import redirect_cuda_to_cpu
 
             redirect_cuda_to_cpu()
+        elif find_no_compiler() is not None:
+            # Megatron decorates functions with torch.compile whatever its flags say, and each
+            # would fail in its first call.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     return _prepared
 
 

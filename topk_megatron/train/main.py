@@ -30,12 +30,14 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from topk_megatron.train.arguments import arguments_provider
+    from topk_megatron.train.arguments import arguments_provider, dependent_defaults
     from topk_megatron.train.checks import check_arguments, check_mlp, check_settings
     from topk_megatron.train.resume import check_resume, choose_settings, open_resume
 
-    provider = arguments_provider(device, defaults)
-    early = parse_args(provider)
+    early = parse_args(arguments_provider(device, defaults))
+    dependent = dependent_defaults(early, device)
+    vars(early).update(dependent)
+    provider = arguments_provider(device, {**(defaults or {}), **dependent})
     resume = open_resume(early)
     config = choose_settings(early, resume)
     check_arguments(early, config, device)

@@ -137,6 +137,8 @@ def run(device: str) -> None:
     patches.skip_dataset_compiler()
     patches.mark_saves_incomplete()
     patches.wrap_save(guarded_save)
+    if device == "cpu":
+        patches.count_packed_tokens_on_cpu()
     args, config = parse(device)
     announce(args, config, device)
     runtime = TopKRuntime(config, probing=args.topk_metrics)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.conftest import TOPK
 from tests.harness.launch import Run, pretrain
@@ -10,6 +11,7 @@ from tests.harness.launch import Run, pretrain
 pytestmark = [pytest.mark.distributed]
 
 OWN = ["--attention-backend", "unfused"]
+DECODE = Path(__file__).with_name("decode_with_cache.py")
 AS_ON_A_GPU = Path(__file__).with_name("as_on_a_gpu.py")
 
 
@@ -66,6 +68,19 @@ def test_packed_documents_are_attended_to_alone(flags: list[str], tmp_path: Path
     masked = train(tmp_path / "mask", *few, *MORE["mask per document"]).losses()
     packed = train(tmp_path / "packed", *few, "--dataloader-inter-document-masking").losses()
     assert packed == pytest.approx(masked, rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [[], SHARED, OWN], ids=["causal", "shared heads", "own"])
+def test_a_key_value_cache_gives_the_logits_of_whole_sequences(
+    more: list[str], flags: list[str], tmp_path: Path
+) -> None:
+    place = {"TOPK_LOGITS": str(tmp_path / "logits.pt")}
+    run = pretrain(1, *flags, *TOPK, *more, entry=DECODE, environment=place)
+    assert run.returncode == 0, run.output
+    whole, cached = torch.load(tmp_path / "logits.pt")
+    # Megatron returns the logits of the prompt's last token, and then one row a token.
+    last = torch.cat([part[:, -1:] for part in cached], dim=1)
+    torch.testing.assert_close(last, whole[:, -last.shape[1] :], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("more", [[], OWN, ["--normalization", "LayerNorm"]])

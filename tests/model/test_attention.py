@@ -15,12 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from topk_megatron.compat import prepare_device
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="Megatron's class keeps its buffers on the CUDA device; tests/gpu compares there",
+)
+
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def megatron() -> None:
+def prepare_megatron() -> None:
     """Prepare what Megatron's class asks of a training run: device, buffer and RNG tracker."""
     prepare_device()
     from megatron.core import parallel_state
@@ -28,6 +32,11 @@ def megatron() -> None:
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared() -> None:
+    prepare_megatron()
 
 
 def seed(number: int) -> None:
@@ -103,7 +112,7 @@ def result(call: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Return the output and the gradients of a function that is not symmetric in the output."""
     output = call()
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
-    return [output, *torch.autograd.grad(output, inputs, weights.to(output.dtype))]
+    return [output, *torch.autograd.grad(output, inputs, weights.to(output))]
 
 
 def same(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype = torch.float64) -> None:

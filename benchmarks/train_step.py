@@ -1,17 +1,20 @@
-"""Measures the cost of a TopK, and of its statistics, in a training step.
+"""Measures the cost of a TopK, of its statistics and of attention in a training step.
 
     python benchmarks/train_step.py [--hidden-size 256 --layers 6 …]
 
-Builds Megatron's GPT model four times with equal weights: dense, TopK, TopK with the statistics of
-every step, and TopK with those of a logged step. Runs forward and backward of the same batch in
-turn, in a single process (one thread on a CPU), and prints medians and ratios of one run.
+Builds Megatron's GPT model with equal weights: dense, TopK, TopK with the statistics of every step,
+TopK with those of a logged step and, without Transformer Engine, dense with Megatron's own core
+attention instead of torch's fused kernels. Runs forward and backward of the same batch in turn, in
+a single process (one thread on a CPU), and prints medians and ratios of one run.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +53,8 @@ def megatron_flags(args: argparse.Namespace) -> list[str]:
 
 def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
     """Build the models, all with the same weights; return model and runtime by name."""
+    from megatron.core.transformer.enums import AttnBackend
+
     from topk_megatron.model.runtime import TopKRuntime
     from topk_megatron.model.spec import build_model
 
@@ -64,6 +69,11 @@ def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
         name: (build_model(args, runtime).to(where).train(), runtime)
         for name, runtime in runtimes.items()
     }
+    if args.transformer_impl == "local":
+        unfused = Namespace(**{**vars(args), "attention_backend": AttnBackend.unfused})
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name)  # Megatron refuses a second backend in one process
+        built["dense, unfused attention"] = build_model(unfused, None).to(where).train(), None
     for probe in runtimes["topk, logged step"].probes.values():  # pyright: ignore
         probe.measuring = True
     weights = built["dense"][0].state_dict()
@@ -74,9 +84,9 @@ def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
 
 def one_step(model: Any, runtime: Any, batch: tuple[torch.Tensor, ...]) -> None:
     """Run forward and backward of one microbatch, and the bookkeeping of its step."""
-    tokens, positions, mask = batch
+    tokens, positions = batch
     model.zero_grad(set_to_none=True)
-    model(tokens, positions, mask, labels=tokens).mean().backward()
+    model(tokens, positions, None, labels=tokens).mean().backward()
     if runtime is not None and runtime.probing:
         for probe in runtime.probes.values():
             probe.end_step(tokens.numel())
@@ -111,9 +121,7 @@ def main() -> None:
     built = models(args, config)
     where = torch.cuda.current_device()
     tokens = torch.randint(0, 4095, (sizes.batch, sizes.seq_length)).to(where)
-    length = sizes.seq_length
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).triu(1)
-    batch = (tokens, torch.arange(length, device=where).expand_as(tokens), mask)
+    batch = (tokens, torch.arange(sizes.seq_length, device=where).expand_as(tokens))
     times: dict[str, list[float]] = {name: [] for name in built}
     for repeat in range(sizes.repeats + 2):
         for name, (model, runtime) in built.items():
@@ -128,11 +136,11 @@ def report(sizes: argparse.Namespace, device: str, times: dict[str, list[float]]
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(f"\n# {platform.platform()}, {machine or platform.machine()}, torch {torch.__version__}")
     print(f"# {vars(sizes)}")
-    print(f"{'step':<24}{'median ms':>12}{'ratio to dense':>16}")
+    print(f"{'step':<28}{'median ms':>12}{'ratio to dense':>16}")
     for name, values in times.items():
         ratios = [mine / dense for mine, dense in zip(values, times["dense"], strict=True)]
         milliseconds = 1e3 * statistics.median(values)
-        print(f"{name:<24}{milliseconds:>12.1f}{statistics.median(ratios):>16.4f}")
+        print(f"{name:<28}{milliseconds:>12.1f}{statistics.median(ratios):>16.4f}")
 
 
 if __name__ == "__main__":

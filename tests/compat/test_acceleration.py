@@ -4,27 +4,36 @@ These tests need no GPU: they make the packages as empty folders. tests/gpu test
 packages compute.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from tests.harness.launch import REPOSITORY
 from topk_megatron.compat.accelerators import (
+    _NEED_LAYERS,
+    _NEED_PACKAGE,
+    SOFTMAX_MODULES,
     Accelerators,
     check_accelerators,
     check_gpus,
     describe,
+    find_no_compiler,
     gpu_defaults,
+    missing_defaults,
 )
 from topk_megatron.errors import ConfigError
 
 NOTHING = Accelerators()
-NGC_IMAGE = Accelerators("2.9.0", None, apex=True, fused_gradients=True)
+NGC_IMAGE = Accelerators("2.9.0", None, apex=True, fused_gradients=True, fused_softmax=True)
 PIP = Accelerators("2.9.0")
 BROKEN = Accelerators(broken="OSError: libcudnn.so.9: cannot open shared object file")
 
@@ -35,7 +44,10 @@ def arguments(**changes: object) -> Namespace:
         "fp8": None,
         "fp4": None,
         "context_parallel_size": 1,
-        "gradient_accumulation_fusion": True,
+        "defer_embedding_wgrad_compute": False,
+        "normalization": "LayerNorm",
+        "use_checkpoint_args": False,
+        "attention_backend": AttnBackend.auto,
     }
     return Namespace(**{**settings, **changes})
 
@@ -59,19 +71,88 @@ def package(path: Path, *modules: str) -> None:
         (path / name / "__init__.py").touch()
 
 
+def off(found: Accelerators, **changes: object) -> dict[str, object]:
+    return {item.argument: item.value for item in missing_defaults(found, arguments(**changes))}
+
+
 def test_nothing_changes_if_everything_is_installed() -> None:
     assert gpu_defaults(NGC_IMAGE) == {}
+    assert off(NGC_IMAGE) == {}
+    assert off(NGC_IMAGE, transformer_impl="local") == {}
 
 
-def test_without_either_megatron_uses_its_own_layers_and_plain_accumulation() -> None:
-    defaults = gpu_defaults(NOTHING)
-    assert defaults["transformer_impl"] == "local"
-    assert defaults["no_persist_layer_norm"] is True
-    assert defaults["gradient_accumulation_fusion"] is False
+def test_without_either_megatron_uses_its_own_layers_and_nothing_that_is_not_there() -> None:
+    assert gpu_defaults(NOTHING) == gpu_defaults(BROKEN) == {"transformer_impl": "local"}
+    assert off(NOTHING, transformer_impl="local") == {
+        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+    }
 
 
-def test_transformer_engine_from_pypi_runs_without_apex_fusion() -> None:
-    assert gpu_defaults(PIP) == {"gradient_accumulation_fusion": False}
+def test_transformer_engine_from_pypi_runs_without_apex() -> None:
+    assert gpu_defaults(PIP) == {}
+    assert off(PIP) == {"gradient_accumulation_fusion": False}
+
+
+def test_local_layers_beside_transformer_engine_get_torchs_norms_and_softmax() -> None:
+    """Megatron's norm of torch asserts that it is not persistent."""
+    assert off(PIP, transformer_impl="local") == {
+        "no_persist_layer_norm": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+    }
+    assert off(PIP, attention_backend=AttnBackend.local)["masked_softmax_fusion"] is False
+
+
+@pytest.mark.parametrize("changes", [{"normalization": "RMSNorm"}, {"use_checkpoint_args": True}])
+def test_apex_has_no_persistent_rms_norm(changes: dict[str, object]) -> None:
+    found = replace(NGC_IMAGE, transformer_engine=None)
+    assert "no_persist_layer_norm" not in off(found, transformer_impl="local")
+    assert off(found, transformer_impl="local", **changes)["no_persist_layer_norm"] is True
+
+
+def test_without_a_compiler_nothing_relies_on_torch_compile() -> None:
+    fusions = {f"bias_{name}_fusion": False for name in ("gelu", "swiglu", "dropout")}
+    assert off(replace(NGC_IMAGE, no_compiler="a C compiler")) == fusions
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert find_no_compiler() == "Python.h (package python3-dev)"
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    assert find_no_compiler() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_no_compiler() == "a C compiler"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert find_no_compiler() == "Triton"
+
+
+@pytest.mark.parametrize(("compiler", "value"), [("/no/compiler", "1"), ("gcc", "None")])
+def test_a_gpu_without_a_compiler_runs_megatrons_compiled_functions_as_python(
+    compiler: str, value: str, tmp_path: Path
+) -> None:
+    done = python(
+        f"""
+        import os, shutil, sysconfig
+        import torch
+        torch.cuda.is_available = lambda: True
+        os.environ.pop("CC", None)
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        shutil.which = lambda name: {compiler!r} if {compiler!r} == name else None
+        sysconfig.get_paths = lambda: {{"include": {str(tmp_path)!r}}}
+        open({str(tmp_path / "Python.h")!r}, "w").close()
+        from topk_megatron.compat import prepare_device
+        assert prepare_device() == "cuda"
+        print(os.environ.get("TORCHDYNAMO_DISABLE"))
+        """,
+        tmp_path,
+    )
+    assert done.stdout.strip() == value, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -81,6 +162,14 @@ def test_transformer_engine_from_pypi_runs_without_apex_fusion() -> None:
         ({"transformer_impl": "local", "fp8": "hybrid"}, "--fp8-format"),
         ({"transformer_impl": "local", "fp4": "e2m1"}, "--fp4-format"),
         ({"transformer_impl": "local", "context_parallel_size": 2}, "--context-parallel-size"),
+        ({"transformer_impl": "local", "tp_comm_overlap": True}, "--tp-comm-overlap"),
+        ({"transformer_impl": "local", "multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"transformer_impl": "local", "moe_permute_fusion": True}, "--moe-permute-fusion"),
+        ({"transformer_impl": "local", "moe_router_fusion": True}, "--moe-router-fusion"),
+        (
+            {"transformer_impl": "local", "use_precision_aware_optimizer": True},
+            "--use-precision-aware-optimizer",
+        ),
     ],
 )
 def test_a_flag_that_needs_transformer_engine_says_so(
@@ -99,13 +188,46 @@ def test_fp8_passes_with_transformer_engine_and_is_refused_with_local_layers() -
         check_accelerators(arguments(fp8="hybrid", transformer_impl="local"), PIP)
 
 
-def test_one_line_says_what_runs() -> None:
-    assert "Transformer Engine 2.9.0; NVIDIA Apex; gradient accumulation fused" in describe(
-        NGC_IMAGE, arguments()
+def test_flags_that_need_the_package_alone_pass_with_local_layers() -> None:
+    flags = {"moe_permute_fusion": True, "use_precision_aware_optimizer": True}
+    check_accelerators(arguments(transformer_impl="local", **flags), PIP)
+
+
+def test_deferred_weight_gradients_need_apex() -> None:
+    args = arguments(defer_embedding_wgrad_compute=True)
+    check_accelerators(args, NGC_IMAGE)
+    with pytest.raises(ConfigError, match="needs NVIDIA Apex's fused_weight_gradient_mlp_cuda"):
+        check_accelerators(args, PIP)
+
+
+def test_every_argument_exists_in_megatron() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    idle = {action.dest: action.default for action in parser._actions}
+    for name, value in (_NEED_LAYERS | _NEED_PACKAGE).values():
+        assert idle[name] == value
+    found = replace(NOTHING, no_compiler="Triton")
+    for name, value in off(found, transformer_impl="local").items():
+        assert idle[name] is (not value)
+
+
+def test_one_line_says_what_runs_and_what_is_not_fused_for_want_of_what() -> None:
+    assert describe(NGC_IMAGE, arguments()) == "topk_megatron: layers: Transformer Engine 2.9.0"
+    assert describe(PIP, arguments()) == (
+        "topk_megatron: layers: Transformer Engine 2.9.0; not fused: weight gradients "
+        "(needs fused_weight_gradient_mlp_cuda of NVIDIA Apex)"
     )
-    local = arguments(transformer_impl="local", gradient_accumulation_fusion=False)
-    assert "Megatron's own; no Apex; gradient accumulation not fused" in describe(NOTHING, local)
+    local = arguments(transformer_impl="local")
+    assert describe(NOTHING, local) == (
+        "topk_megatron: layers: Megatron's own (Transformer Engine is not installed); not fused: "
+        "rotary embedding (needs Transformer Engine); persistent norm (needs NVIDIA Apex); "
+        "weight gradients (needs fused_weight_gradient_mlp_cuda of NVIDIA Apex); "
+        "masked softmax (needs scaled_masked_softmax_cuda of NVIDIA Apex)"
+    )
     assert "does not load: OSError" in describe(BROKEN, local)
+    no_compiler = describe(replace(NGC_IMAGE, no_compiler="a C compiler"), arguments())
+    assert "bias and GELU, bias and SwiGLU, bias and dropout (needs a C compiler)" in no_compiler
 
 
 FOUND = """
@@ -120,7 +242,15 @@ def test_packages_on_disk_are_found(tmp_path: Path) -> None:
     package(tmp_path, "apex", "apex/multi_tensor_apply", "apex/normalization", "apex/optimizers")
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
     done = python(FOUND, tmp_path)
-    assert done.stdout.strip() == str(Accelerators("2.8.0", None, apex=True, fused_gradients=True))
+    found = Accelerators("2.8.0", None, apex=True, fused_gradients=True)
+    assert done.stdout.strip() == str(replace(found, no_compiler=find_no_compiler()))
+
+
+def test_the_fused_softmax_needs_all_its_modules(tmp_path: Path) -> None:
+    for module in SOFTMAX_MODULES:
+        assert "fused_softmax=False" in python(FOUND, tmp_path).stdout
+        (tmp_path / f"{module}.py").touch()
+    assert "fused_softmax=True" in python(FOUND, tmp_path).stdout
 
 
 def test_a_transformer_engine_without_its_torch_part_is_broken_not_present(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Trains Megatron's stock GPT model and the TopK model side by side, and reports equality.
 
 An entry for `tests.harness.launch.pretrain`. Megatron's builder builds the stock model from
-Megatron's spec. Both models get the same weights, batches and SGD steps.
+Megatron's spec; --attention-backend chooses the core attention of both models. They get the same
+weights, batches and SGD steps.
 """
 
 import json
@@ -73,6 +74,13 @@ def main() -> None:
     report = {
         "stock_layers": sorted({type(layer).__name__ for layer in stock.decoder.layers}),
         "topk_layers": sorted({type(layer).__name__ for layer in topk.decoder.layers}),
+        "attention": sorted(
+            {
+                type(layer.self_attention.core_attention).__name__
+                for model in (stock, topk)
+                for layer in model.decoder.layers
+            }
+        ),
         "steps": steps,
         "one_neuron_fewer": compare(stock, fewer, batches(args)[0]),
     }

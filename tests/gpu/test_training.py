@@ -40,11 +40,16 @@ def check_watched(run: Run) -> None:
     assert max(int(most) for _, _, most in seen) == 8
 
 
-@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_trains_in_bfloat16(implementation: str, flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "backend"),
+    [("local", "unfused"), ("local", "auto"), ("transformer_engine", "unfused")],
+)
+def test_trains_in_bfloat16(
+    implementation: str, backend: str, flags: list[str], tmp_path: Path
+) -> None:
     if implementation == "transformer_engine":
         need_transformer_engine()
-    choice = ["--transformer-impl", implementation]
+    choice = ["--transformer-impl", implementation, "--attention-backend", backend]
     run = train(1, *flags, *TOPK, *FEW, *choice, directory=tmp_path, entry=WATCHED)
     check_watched(run)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from topk_megatron.config import TopKConfig, parse_layers
 from topk_megatron.model import spec as spec_module
+from topk_megatron.model.attention import FusedAttention
 from topk_megatron.model.layer import TopKTransformerLayer, with_topk
 from topk_megatron.model.runtime import TopKRuntime
 from topk_megatron.model.spec import SequenceParallelNorm, topk_layer_spec
@@ -27,12 +29,15 @@ def runtime(layers: str) -> TopKRuntime:
     return TopKRuntime(TopKConfig(hidden_size=8, num_layers=LAYERS, k=2, layers=chosen))
 
 
-def model_config(**changes: object) -> Any:
+def model_config(backend: str = "auto") -> Any:
     transformer = SimpleNamespace(
         sequence_parallel=False,
-        attention_backend=AttnBackend.auto,
+        attention_backend=AttnBackend[backend],
+        softmax_type="vanilla",
+        multi_latent_attention=False,
+        experimental_attention_variant=None,
+        batch_invariant_mode=False,
         pipeline_model_parallel_layout=None,
-        **changes,
     )
     return SimpleNamespace(transformer=transformer)
 
@@ -90,9 +95,34 @@ def test_experts_and_a_users_own_layers_keep_their_class_underneath() -> None:
     assert made[0] is with_topk(MoETransformerLayer)
 
 
-def test_dense_model_gets_the_stock_spec_itself() -> None:
+@pytest.mark.parametrize("dense", [runtime("none"), None])
+def test_dense_model_with_megatrons_attention_gets_the_stock_spec_itself(dense: Any) -> None:
     stock = get_gpt_layer_local_spec()
-    assert topk_layer_spec(runtime("none"), stock, model_config()) is stock
+    assert topk_layer_spec(dense, stock, model_config("unfused")) is stock
+
+
+def attention(spec: Any) -> Any:
+    return spec.submodules.self_attention.submodules.core_attention
+
+
+@pytest.mark.usefixtures("one_stage")
+def test_local_layers_get_our_attention_with_and_without_a_topk() -> None:
+    stock = get_gpt_layer_local_spec()
+    dense: Any = topk_layer_spec(None, stock, model_config())
+    assert attention(dense) is FusedAttention
+    assert attention(stock) is DotProductAttention  # Megatron's spec itself is as it was
+    topk: Any = topk_layer_spec(runtime("0"), stock, model_config("flash"))
+    assert all(attention(layer) is FusedAttention for layer in topk.layer_specs)
+    # Nothing else of Megatron's spec is replaced.
+    dense.submodules.self_attention.submodules.core_attention = DotProductAttention
+    assert dense == stock
+
+
+@pytest.mark.usefixtures("one_stage")
+@pytest.mark.parametrize("backend", ["unfused", "local"])
+def test_megatrons_attention_can_be_asked_for(backend: str) -> None:
+    spec: Any = topk_layer_spec(runtime("0"), get_gpt_layer_local_spec(), model_config(backend))
+    assert all(attention(layer) is DotProductAttention for layer in spec.layer_specs)
 
 
 @pytest.mark.usefixtures("one_stage")

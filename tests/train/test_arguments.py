@@ -5,13 +5,20 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from tests.harness.launch import REPOSITORY
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import DataError
-from topk_megatron.train.arguments import CPU_DEFAULTS, add_topk_arguments
+from topk_megatron.train.arguments import (
+    CPU_DEFAULTS,
+    add_topk_arguments,
+    dependent_defaults,
+    describe_device,
+)
 from topk_megatron.train.data_files import check_data_files, count_documents, split_weights
 from topk_megatron.train.main import announce
 
@@ -101,6 +108,52 @@ class TestSplit:
         assert split_weights("98/1/1") == [98, 1, 1]
 
 
+ATTENTION: dict[str, Any] = {
+    "attention_backend": AttnBackend.auto,
+    "softmax_type": "vanilla",
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "batch_invariant_mode": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "torch's fused kernels"),
+        ({"softmax_type": "learnable"}, "Megatron's own (--softmax-type learnable)"),
+        (
+            {"attention_backend": AttnBackend.unfused},
+            "Megatron's own (--attention-backend unfused)",
+        ),
+    ],
+)
+def test_one_line_says_which_attention_runs_and_why(changes: dict[str, Any], said: str) -> None:
+    args = Namespace(**{**ATTENTION, **changes}, transformer_impl="local")
+    assert describe_device(args, "cpu").endswith(f"; attention: {said}")
+
+
+def test_on_a_gpu_a_second_line_says_how_many_connections_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("topk_megatron.train.arguments.describe", lambda *_: "layers: ours")
+    args = Namespace(**ATTENTION, transformer_impl="local")
+    first, second = describe_device(args, "cuda").splitlines()
+    assert first == "layers: ours; attention: torch's fused kernels"
+    assert second.startswith("topk_megatron: CUDA_DEVICE_MAX_CONNECTIONS is ")
+    args.transformer_impl = "transformer_engine"
+    assert describe_device(args, "cuda").splitlines() == ["layers: ours", second]
+
+
+def test_a_mask_is_made_with_the_data_only_where_it_is_more_than_causal() -> None:
+    """It has an entry for every pair of tokens of every sample."""
+    plain = Namespace(reset_attention_mask=False, spec=None)
+    off = {"create_attention_mask_in_dataloader": False}
+    assert dependent_defaults(plain, "cpu") == off
+    assert dependent_defaults(Namespace(reset_attention_mask=True, spec=None), "cpu") == {}
+    assert dependent_defaults(Namespace(reset_attention_mask=False, spec=["own", "x"]), "cpu") == {}
+
+
 @pytest.mark.parametrize(
     ("iterations", "said"), [(8, True), (9, False), (20, False), (None, False)]
 )
@@ -110,7 +163,8 @@ def test_annealing_that_outlasts_training_is_reported(
     config = TopKConfig(
         hidden_size=64, num_layers=4, k=8, layers=(0, 1), anneal="linear", anneal_end=9
     )
-    announce(Namespace(rank=0, train_iters=iterations), config, "cpu")
+    args = Namespace(rank=0, train_iters=iterations, transformer_impl="local", **ATTENTION)
+    announce(args, config, "cpu")
     printed = capsys.readouterr().out
     assert "k 8 of 64 (value, linear from 64 over iterations 0 to 9) at layers 0, 1 of 4" in printed
     assert ("annealing ends at iteration 9, after the last one (8)" in printed) == said

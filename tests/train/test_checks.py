@@ -4,10 +4,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from topk_megatron.config import TopKConfig
 from topk_megatron.errors import ConfigError
-from topk_megatron.train.checks import _check_cpu, check_parallel, check_settings
+from topk_megatron.train.checks import (
+    _check_cpu,
+    check_attention,
+    check_parallel,
+    check_settings,
+)
 from topk_megatron.train.interruptions import guarded_save
 
 ACCEPTED = {
@@ -141,3 +147,45 @@ def test_a_fused_add_that_leaves_the_topk_out_is_refused() -> None:
     with pytest.raises(ConfigError, match="--inference-fuse-tp-communication"):
         check_settings(args, config())
     check_settings(args, config(layers=()))
+
+
+@pytest.mark.parametrize("packing", ["sft", "dataloader_inter_document_masking"])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, None),
+        ({"attention_backend": AttnBackend.unfused}, "--attention-backend unfused calls for it"),
+        ({"softmax_type": "learnable"}, "--softmax-type learnable calls for it"),
+        ({"mtp_num_layers": 1}, "the layers of --mtp-num-layers cannot read"),
+        ({"transformer_impl": "transformer_engine", "mtp_num_layers": 1}, None),
+    ],
+)
+def test_packed_sequences_need_an_attention_that_reads_them(
+    changes: dict[str, object], complaint: str | None, packing: str
+) -> None:
+    settings = {
+        "transformer_impl": "local",
+        "attention_backend": AttnBackend.auto,
+        "softmax_type": "vanilla",
+        "multi_latent_attention": False,
+        "experimental_attention_variant": None,
+        "batch_invariant_mode": False,
+        "mtp_num_layers": None,
+        "sft": False,
+        "dataloader_inter_document_masking": False,
+        **changes,
+    }
+    check_attention(Namespace(**settings))
+    settings[packing] = True
+    if complaint is None:
+        check_attention(Namespace(**settings))
+    else:
+        with pytest.raises(ConfigError, match=complaint) as e:
+            check_attention(Namespace(**settings))
+        assert str(e.value).startswith(f"--{packing.replace('_', '-')} ")
+
+
+def test_latent_attention_is_refused_where_megatron_fails_to_build_it() -> None:
+    args = Namespace(transformer_impl="local", multi_latent_attention=True)
+    with pytest.raises(ConfigError, match="--multi-latent-attention needs Transformer Engine"):
+        check_attention(args)

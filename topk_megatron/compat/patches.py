@@ -202,3 +202,16 @@ def make_host_splits() -> None:
         return move
 
     _wrap(token_dispatcher, "maybe_move_tensor_to_cpu", make)
+
+
+def count_packed_tokens_on_cpu() -> None:
+    """Give Megatron's counter of packed tokens a tensor on the CPU.
+
+    Megatron would make it on the device ``cuda:`` plus the current device, which is no device here
+    (`update_seqlen_stats_from_cu_seqlens` in megatron/training/training.py). The counter is made
+    once and then kept.
+    """
+    from megatron.training import training
+
+    training._seqlen_stats_in_iteration = torch.zeros(2, dtype=torch.float64)
+    replaced.append(f"{training.__name__}._seqlen_stats_in_iteration")

@@ -11,7 +11,7 @@ from argparse import Namespace
 
 import torch
 
-from topk_megatron.compat.accelerators import check_apex, hide_accelerators
+from topk_megatron.compat.accelerators import check_apex, find_no_compiler, hide_accelerators
 from topk_megatron.compat.connections import NO_GPU, compute_capability, peek, set_connections
 
 _prepared: str | None = None
@@ -41,6 +41,10 @@ def prepare_device() -> str:
             from topk_megatron.compat.cpu import redirect_cuda_to_cpu
 
             redirect_cuda_to_cpu()
+        elif find_no_compiler() is not None:
+            # Megatron decorates functions with torch.compile whatever its flags say, and each
+            # would fail in its first call.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     fit_connections(flags)
     return _prepared
 

@@ -1,11 +1,13 @@
 """Puts TopK layers into the spec that Megatron chose: local or Transformer Engine, dense or MoE.
 
 `GPTModelConfig.transformer_layer_spec` accepts a callable. Ours asks Megatron for its default spec
-and replaces the class of the chosen layers; everything else stays stock.
+and replaces the class of the chosen layers and, in local layers, that of the core attention
+(`topk_megatron.model.attention`); everything else stays stock.
 """
 
 import functools
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -26,14 +28,18 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from topk_megatron.errors import ConfigError
+from topk_megatron.model.attention import FusedAttention, why_megatrons_own
 from topk_megatron.model.layer import with_topk
 from topk_megatron.model.runtime import TopKRuntime
 
 LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
-def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
-    """Make `config` build TopK layers on top of its own spec (``--spec``), and return it."""
+def bind_topk(config: GPTModelConfig, runtime: TopKRuntime | None) -> GPTModelConfig:
+    """Make `config` build TopK layers on top of its own spec (``--spec``), and return it.
+
+    Without a `runtime` no layer has a TopK, and the core attention is the same as with one.
+    """
     config.transformer_layer_spec = functools.partial(  # pyright: ignore[reportAttributeAccessIssue]
         topk_layer_spec, runtime, config.transformer_layer_spec
     )
@@ -41,34 +47,35 @@ def bind_topk(config: GPTModelConfig, runtime: TopKRuntime) -> GPTModelConfig:
 
 
 def build_model(args: Any, runtime: TopKRuntime | None) -> Any:
-    """Build one model chunk from Megatron's arguments, of stock layers if `runtime` is None.
+    """Build one model chunk from Megatron's arguments, without a TopK if `runtime` is None.
 
     This serves callers that need a model without a training run. Process groups must be
     initialised.
     """
-    config: Any = gpt_config_from_args(args)
-    if runtime is not None:
-        config = bind_topk(config, runtime)
+    config: Any = bind_topk(gpt_config_from_args(args), runtime)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return config.get_builder_cls()(config).build_model(groups)
 
 
 def topk_layer_spec(
-    runtime: TopKRuntime, stock: Any, config: GPTModelConfig, vp_stage: int | None = None
+    runtime: TopKRuntime | None, stock: Any, config: GPTModelConfig, vp_stage: int | None = None
 ) -> LayerSpec:
     """Return the spec of the layers in one model chunk of this rank.
 
-    If the model has no TopK layer, this is Megatron's own spec, except that norms which could not
-    run sequence parallel are replaced.
+    If the model has no TopK layer and keeps Megatron's attention, this is Megatron's own spec,
+    except that norms which could not run sequence parallel are replaced.
     """
     spec = _stock_spec(stock, config, vp_stage)
     transformer = config.transformer
+    if why_megatrons_own(transformer) is None:
+        spec = _with_replaced(spec, DotProductAttention, FusedAttention)
     needs_norms = transformer.sequence_parallel and LayerNormImpl is WrappedTorchNorm
-    if not runtime.config.layers and not needs_norms:
+    if needs_norms:
+        spec = _as_block(spec, transformer, vp_stage)
+        spec = _with_replaced(spec, WrappedTorchNorm, SequenceParallelNorm)
+    if runtime is None or not runtime.config.layers:
         return spec
     block = _as_block(spec, transformer, vp_stage)
-    if needs_norms:
-        block = _with_sequence_parallel_norms(block)
     return _with_topk_layers(block, runtime, transformer, vp_stage)
 
 
@@ -131,23 +138,27 @@ def _layer_numbers(config: TransformerConfig, vp_stage: int | None, count: int) 
     return list(range(offset, offset + count))
 
 
-def _with_sequence_parallel_norms(spec: Any) -> Any:
-    """Return a copy of a spec tree with Megatron's torch norm replaced by ours."""
-    if spec is WrappedTorchNorm:
-        return SequenceParallelNorm
+def _with_replaced(spec: Any, old: type, new: type) -> Any:
+    """Return a copy of a spec tree with one class replaced by another, or the tree without it."""
+    if spec is old:
+        return new
     if isinstance(spec, list):
-        return [_with_sequence_parallel_norms(item) for item in spec]
+        items = [_with_replaced(item, old, new) for item in spec]
+        return spec if _same(items, spec) else items
     if isinstance(spec, functools.partial):
-        keywords = {k: _with_sequence_parallel_norms(v) for k, v in spec.keywords.items()}
+        keywords = {key: _with_replaced(value, old, new) for key, value in spec.keywords.items()}
+        if _same(keywords.values(), spec.keywords.values()):
+            return spec
         return functools.partial(spec.func, *spec.args, **keywords)
     if is_dataclass(spec) and not isinstance(spec, type):
-        changes = {
-            field.name: _with_sequence_parallel_norms(getattr(spec, field.name))
-            for field in fields(spec)
-            if field.init
-        }
-        return replace(spec, **changes)
+        before = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
+        after = {name: _with_replaced(value, old, new) for name, value in before.items()}
+        return spec if _same(after.values(), before.values()) else replace(spec, **after)
     return spec
+
+
+def _same(ones: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(one is other for one, other in zip(ones, others, strict=True))
 
 
 _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}

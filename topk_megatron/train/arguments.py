@@ -3,7 +3,12 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn, get_args
 
-from topk_megatron.compat.accelerators import describe, find_accelerators, gpu_defaults
+from topk_megatron.compat.accelerators import (
+    describe,
+    find_accelerators,
+    gpu_defaults,
+    missing_defaults,
+)
 from topk_megatron.compat.connections import describe_connections
 from topk_megatron.compat.patches import repair_help
 from topk_megatron.config import DEFAULT_HIDDEN_PER_K, DEFAULT_LAYERS, Anneal, Mode, Site
@@ -170,16 +175,45 @@ def arguments_provider(device: str, defaults: dict[str, Any] | None = None) -> A
     return provider
 
 
+def dependent_defaults(args: Namespace, device: str) -> dict[str, Any]:
+    """Return the defaults that depend on other arguments of the same command line.
+
+    All of them switch something off that a flag can only switch off too, so they never contradict
+    a flag.
+
+    Args:
+        args: the parsed arguments.
+        device: ``cuda`` or ``cpu``.
+    """
+    defaults: dict[str, Any] = {}
+    # Attention knows its causal mask. Built with the data it has S^2 entries for every sample, and
+    # attention would have to follow it entry by entry. A --spec of the user's may read it.
+    if not args.reset_attention_mask and args.spec is None:
+        defaults["create_attention_mask_in_dataloader"] = False
+    if device == "cuda":
+        found = find_accelerators()
+        defaults |= {item.argument: item.value for item in missing_defaults(found, args)}
+    return defaults
+
+
 def _raise_usage(message: str) -> NoReturn:
     # argparse would print Megatron's 700 lines of usage on every rank.
     raise ConfigError(f"{message}; --help lists the flags")
 
 
 def describe_device(args: Namespace, device: str) -> str:
-    """Say what Megatron's layers run on: a line on a CPU, two on a GPU."""
+    """Say what Megatron's layers run on, and by which attention: a line, and on a GPU a second."""
+    from topk_megatron.model.attention import why_megatrons_own  # this imports Megatron
+
     if device == "cuda":
-        return f"{describe(find_accelerators(), args)}\n{describe_connections()}"
-    return (
-        "topk_megatron: no CUDA device here; Megatron runs on the CPU "
-        "(gloo, local modules, no fused kernels)"
-    )
+        line = describe(find_accelerators(), args)
+    else:
+        line = (
+            "topk_megatron: no CUDA device here; Megatron runs on the CPU "
+            "(gloo, local modules, none of Megatron's fused kernels)"
+        )
+    if args.transformer_impl == "local":
+        reason = why_megatrons_own(args)
+        attention = "torch's fused kernels" if reason is None else f"Megatron's own ({reason})"
+        line = f"{line}; attention: {attention}"
+    return f"{line}\n{describe_connections()}" if device == "cuda" else line

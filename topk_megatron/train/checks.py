@@ -35,6 +35,7 @@ def check_arguments(args: Namespace, config: TopKConfig, device: str) -> None:
     else:
         check_gpus(args.local_rank, torch.cuda.device_count())
         check_accelerators(args, find_accelerators())
+    check_attention(args)
     _check_files(args)
 
 
@@ -135,6 +136,38 @@ def _check_cpu(args: Namespace) -> None:
     if args.fp8 is not None:
         raise ConfigError(
             "--fp8-format needs a CUDA device and this machine has none; drop the flag"
+        )
+
+
+def check_attention(args: Namespace) -> None:
+    """Refuse what no attention of local layers can do.
+
+    Raises:
+        ConfigError: names the flag to change.
+    """
+    if args.transformer_impl != "local":
+        return
+    from topk_megatron.model.attention import why_megatrons_own
+
+    if args.multi_latent_attention:
+        raise ConfigError(
+            "--multi-latent-attention needs Transformer Engine's layers; drop the flag"
+        )
+    packing = {
+        "sft": "--sft",
+        "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+    }
+    packed = next((flag for name, flag in packing.items() if getattr(args, name)), None)
+    reason = why_megatrons_own(args)
+    if packed is not None and reason is not None:
+        raise ConfigError(
+            f"{packed} packs sequences, which Megatron's own attention cannot read, and {reason} "
+            "calls for it; drop one of the two"
+        )
+    if packed is not None and args.mtp_num_layers:
+        raise ConfigError(
+            f"{packed} packs sequences, which the layers of --mtp-num-layers cannot read without "
+            "Transformer Engine; drop one of the two"
         )
 
 

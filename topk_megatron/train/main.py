@@ -31,13 +31,15 @@ def parse(device: str, defaults: dict[str, Any] | None = None) -> tuple[Namespac
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     from topk_megatron.compat.select import fit_connections
-    from topk_megatron.train.arguments import arguments_provider
+    from topk_megatron.train.arguments import arguments_provider, dependent_defaults
     from topk_megatron.train.checks import check_arguments, check_mlp, check_settings
     from topk_megatron.train.resume import check_resume, choose_settings, open_resume
 
-    provider = arguments_provider(device, defaults)
-    early = parse_args(provider)
+    early = parse_args(arguments_provider(device, defaults))
     fit_connections(early)
+    dependent = dependent_defaults(early, device)
+    vars(early).update(dependent)
+    provider = arguments_provider(device, {**(defaults or {}), **dependent})
     resume = open_resume(early)
     config = choose_settings(early, resume)
     check_arguments(early, config, device)
@@ -137,6 +139,8 @@ def run(device: str) -> None:
     patches.skip_dataset_compiler()
     patches.mark_saves_incomplete()
     patches.wrap_save(guarded_save)
+    if device == "cpu":
+        patches.count_packed_tokens_on_cpu()
     args, config = parse(device)
     announce(args, config, device)
     runtime = TopKRuntime(config, probing=args.topk_metrics)

@@ -100,9 +100,7 @@ class Sampler:
         tokens = torch.tensor([ids], device=device)
         length = tokens.shape[1]
         positions = torch.arange(length, device=device).unsqueeze(0)
-        # True where attention is not allowed, as in Megatron's masks.
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-        logits = self.model(tokens, positions, mask)
+        logits = self.model(tokens, positions, None)
         if not self._checked:
             self._checked = True
             check_applied(self.runtime, training=False, when="the first forward pass")

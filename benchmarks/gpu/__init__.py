@@ -1,1 +1,1 @@
-"""The measurements of scripts/gpu_check.sh, each a program of its own; docs/gpu_check.md explains them."""
+"""The measurements of scripts/gpu_check.sh, each a program; docs/gpu_check.md explains them."""

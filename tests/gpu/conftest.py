@@ -1,4 +1,4 @@
-"""Checks that only a GPU can make. Elsewhere they are skipped, with the reason; test_oracle.py runs."""
+"""Checks that only a GPU can make, skipped elsewhere; test_oracle.py runs everywhere."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""Compares every bit of the operator with an oracle on the device itself, for as long as it is given.
+"""Compares every bit of the operator with an oracle on the device, until its time is up.
 
     python -m tests.gpu.oracle --seconds 60 --output oracle.json
 
 The definition in topk_megatron/ops/reference.py needs a stable sort, which is too slow for millions
 of rows on a CPU. This oracle is written differently: each coordinate becomes one integer, its key
-followed by its distance from the end of the row. All integers of a row differ, so that any sort will
-do, and one sort serves every k. Both oracles are compared with each other, too.
+followed by its distance from the end of the row. All integers of a row differ, so that any sort
+will do, and one sort serves every k. Both oracles are compared with each other, too.
 
 Shape suffixes: R rows, H hidden size, W words of the bitmask.
 """
@@ -31,14 +31,14 @@ from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 WIDTHS = (4096, 1024, 2048, 8192, 1000, 2049, 5120, 12288, 16384, 7, 333)
 ROWS = 16384
-# A first round of few rows reaches every combination; the second one, of ROWS, runs until time is up.
+# A first round of few rows reaches every combination; the second one runs until time is up.
 FIRST_ROWS = 512
 CHUNK_ELEMENTS = 1 << 26
 INDEX_BITS = 20  # H is at most 2^20
 
 
 def ordered_keys(x: Tensor, mode: str) -> Tensor:
-    """Return int64 keys [..., H] of which no two in a row are equal; the largest k are the selection.
+    """Return distinct int64 keys [..., H]; the largest k of a row are its selection.
 
     The upper part orders values: NaN above all, -0 equal to +0. The lower part prefers low indices.
     """
@@ -147,8 +147,8 @@ def main() -> None:
     found = run(options.device, options.seconds)
     total = len(list(combinations()))
     headline = (
-        f"{found.rows:,} rows of {found.cases:,} cases equal; rounds of {FIRST_ROWS} and {ROWS} rows"
-        f" reached {found.rounds[0]} and {found.rounds[1]} of {total} combinations"
+        f"{found.rows:,} rows of {found.cases:,} cases equal; rounds of {FIRST_ROWS} and {ROWS}"
+        f" rows reached {found.rounds[0]} and {found.rounds[1]} of {total} combinations"
     )
     if found.differences:
         headline = "DIFFERENT: " + "; ".join(found.differences)

@@ -1,4 +1,4 @@
-"""The oracle of the GPU check agrees with the definition, and notices a wrong bit. Runs on the CPU."""
+"""The oracle of the GPU check agrees with the definition and notices a wrong bit, on the CPU."""
 
 import pytest
 import torch

@@ -35,11 +35,10 @@ UNKNOWN = re.compile(r"[Ff]ailed to find metric\W+([\w.]+)")
 
 def read_rows(text: str) -> list[dict[str, str]]:
     """Return the launches in ncu's raw CSV page, without the row of units."""
-    lines = text.splitlines()
-    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
+    lines = [line for line in text.splitlines() if line.startswith('"')]  # among other messages
+    if not lines or not lines[0].startswith('"ID"'):
         raise SystemExit("error: ncu printed no table; the log has its messages")
-    rows = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
     return [row for row in rows if (row.get("ID") or "").isdigit()]
 
 

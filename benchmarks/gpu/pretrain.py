@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.pretrain slice --seconds 30 --output pretrain.json
     python -m benchmarks.gpu.pretrain corpus --corpus DIR --seconds 60 --output training.json
 
-`slice` trains four layers of the 7B model on mock data, dense and then TopK, which shows that the
-real entry runs on a GPU. `corpus` trains the 100M model on DIR/text.bin and .idx with
+`slice` trains four layers of the 7B model on mock data, which shows that the real entry runs on a
+GPU. `corpus` trains the 100M model on DIR/text.bin and .idx with
 DIR/tokenizer.model until the time is over. The losses also go to a CSV file.
 """
 
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.mode == "corpus":
         flags = {"topk": corpus_flags(options.corpus, folder / "index-cache")}
     else:
-        flags = {variant: slice_flags(variant) for variant in ("dense", "topk")}
+        flags = {variant: slice_flags(variant) for variant in options.variants}
     runs: dict[str, Any] = {}
     flags = {variant: [*words, *options.more.split()] for variant, words in flags.items()}
     for variant, words in flags.items():
@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument("mode", choices=("slice", "corpus"))
     parser.add_argument("--seconds", type=float, default=30, help="for all runs together")
     parser.add_argument("--corpus", type=Path, help="folder with text.bin, text.idx and tokenizer")
+    parser.add_argument(
+        "--variants", nargs="+", choices=("topk", "dense"), default=["topk"], help="of slice"
+    )
     parser.add_argument("--more", default="", help="flags of pretrain_topk_gpt.py to add")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()

@@ -21,7 +21,9 @@ import torch
 
 from topk_megatron.compat import prepare_device
 
+STARTED = time.monotonic()
 WARM_ROUNDS = 3
+FEWEST_ROUNDS = 50  # with fewer, the headline says so
 VARIANTS = ("dense", "topk", "topk, no statistics")
 
 
@@ -38,8 +40,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=1, help="sequences of a microbatch")
     add("--vocab-size", type=int, default=32768)
     add("--k", type=int, default=256)
-    add("--rounds", type=int, default=50, help="fewest rounds; each runs every variant once")
-    add("--seconds", type=float, default=45, help="rounds go on until then")
+    add("--seconds", type=float, default=60, help="since the program's start; then rounds end")
     add("--output", type=Path, required=True, help="JSON file to write")
     return parser.parse_args(words)
 
@@ -122,8 +123,8 @@ def measure(built: dict[str, tuple[Any, Any]], batch: Any, sizes: argparse.Names
     """Run the rounds; return seconds by variant, peak bytes and losses."""
     times: dict[str, list[float]] = {name: [] for name in built}
     peaks, losses = dict.fromkeys(built, 0.0), dict.fromkeys(built, 0.0)
-    names, number, started = list(built), 0, time.monotonic()
-    while number < sizes.rounds + WARM_ROUNDS or time.monotonic() - started < sizes.seconds:
+    names, number = list(built), 0
+    while number < WARM_ROUNDS + 2 or time.monotonic() - STARTED < sizes.seconds:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             model, runtime = built[name]
@@ -182,6 +183,8 @@ def report(sizes: argparse.Namespace, measured: Any, attention: str) -> dict[str
     )
     shape = {key: value for key, value in vars(sizes).items() if key != "output"}
     rounds = len(times["dense"])
+    if rounds < FEWEST_ROUNDS:
+        headline += f" (only {rounds} rounds)"
     facts = {"headline": headline, "rounds": rounds, "sizes": shape, "attention": attention}
     return facts | {"variants": variants, "differences": differences}
 

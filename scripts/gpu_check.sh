@@ -3,7 +3,7 @@
 #
 #     scripts/gpu_check.sh [options] [RESULTS]          (default: runs/gpu_check/DATE)
 #
-#     --minutes N      how long everything may take (default: 8)
+#     --minutes N      how long everything may take, 3 or more (default: 8)
 #     --bundle DIR     what scripts/gpu_bundle.py built: wheels, kernel libraries, text
 #     --corpus DIR     folder with text.bin, text.idx and tokenizer.model (default: the bundle's)
 #     --te DIR         folder in which Python finds Transformer Engine; adds a step
@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
            results=$1; shift ;;
     esac
 done
-[[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 1 ] || die "--minutes must be 1 or more, got $minutes"
+[[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 3 ] || die "--minutes must be 3 or more, got $minutes"
 results=${results:-$repo/runs/gpu_check/$(date -u +%Y-%m-%d)}
 for name in bundle corpus te copy_to results; do # relative paths are the caller's
     [ -z "${!name}" ] || [[ ${!name} == /* ]] || printf -v "$name" '%s/%s' "$here" "${!name}"
@@ -55,13 +55,13 @@ use_site() { export PYTHONPATH="$repo${bundle:+:$site}${te:+:$te}${PYTHONPATH:+:
 export python bundle site corpus out=$results PYTHONUNBUFFERED=1
 
 # Each step: its name, its share of the time, a tool that it needs, and its command. The shares are
-# seconds of about 480 and are scaled to --minutes. A program is told $seconds, less than its limit,
+# seconds of about 500 and are scaled to --minutes. A program is told $seconds, less than its limit,
 # because it has to import torch first and to write its results. The last step gets what is left.
 sanitizer='compute-sanitizer --error-exitcode 9 --tool'
 launches='"$python" -m benchmarks.gpu.launches every'
 tests='"$python" -m pytest -q -p no:cacheprovider'
 steps=(
-    'machine|10|-|"$python" -m benchmarks.gpu.machine --output "$out/machine.json" --command "$GPU_CHECK_COMMAND"'
+    'machine|20|-|"$python" -m benchmarks.gpu.machine --output "$out/machine.json" --command "$GPU_CHECK_COMMAND"'
     'library|50|-|prepare_library'
     "kernels|45|-|$tests tests/gpu/test_kernel.py tests/gpu/test_oracle.py"
     'oracle|45|-|"$python" -m tests.gpu.oracle --seconds "$seconds" --output "$out/oracle.json"'
@@ -70,7 +70,7 @@ steps=(
     "initcheck|20|compute-sanitizer|PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer initcheck $launches --quick"
     'operator|70|-|"$python" benchmarks/topk_mask.py --device cuda --hidden 4096 1024 2048 8192 16384 --seconds "$seconds" --output "$out/operator.json"'
     'counters|35|ncu|"$python" -m benchmarks.gpu.counters --output "$out/counters.json" --raw "$out/ncu.txt"'
-    'transport|12|-|"$python" -m benchmarks.gpu.transport --output "$out/transport.json"'
+    'transport|20|-|"$python" -m benchmarks.gpu.transport --output "$out/transport.json"'
     'train_step|55|-|"$python" -m benchmarks.gpu.train_step --seconds "$seconds" --output "$out/train_step.json"'
     'pretrain|40|-|"$python" -m benchmarks.gpu.pretrain slice --seconds "$seconds" --output "$out/pretrain.json"'
 )
@@ -130,7 +130,7 @@ run_step() {
         record "$name" "skipped: $why" 0 "$bound"
         return 0
     fi
-    if [ "$bound" -lt 5 ]; then
+    if [ "$bound" -lt 3 ]; then
         record "$name" "skipped: no time left" 0 "$bound"
         return 0
     fi
@@ -187,8 +187,10 @@ dry_run() {
 }
 
 pack() {
-    tar -C "$results" --exclude=index-cache --exclude=results.tar.gz -czf "$results/results.tar.gz" . ||
-        return 1
+    local packed=$results.tar.gz # beside the folder, which must not change while it is read
+    rm -f "$results/results.tar.gz"
+    tar -C "$results" --exclude=index-cache -czf "$packed" . || return 1
+    mv "$packed" "$results/results.tar.gz"
     [ -z "$copy_to" ] || cp -f -- "$results"/*.md "$results/results.tar.gz" "$copy_to/"
 }
 

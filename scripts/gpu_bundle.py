@@ -1,7 +1,7 @@
 """Builds a bundle for scripts/gpu_check.sh: what a GPU machine without a network lacks.
 
     python scripts/gpu_bundle.py --corpus 'text/*.jsonl.zst'      # writes build/gpu_bundle
-    python scripts/gpu_bundle.py --install build/gpu_bundle       # on the GPU machine
+    python scripts/gpu_bundle.py --check build/gpu_bundle
 
 The bundle holds wheels, the kernel libraries for compute capability 9.0 (H100, H200), CCCL's
 batched top-k as a baseline, a tokenised slice of text, and manifest.json with the size and SHA-256
@@ -9,8 +9,9 @@ of every file. Wheels come from the index that pip is configured for. A part tha
 left out and named; gpu_check.sh then does without it, or builds it there. The libraries use torch's
 stable ABI: they load in any torch from 2.10 on, for the CUDA major version of the torch here.
 
---install needs Python alone: it checks the files, unpacks the wheels into a folder, and puts the
-libraries into topk_megatron/ops, unless they were built from other sources than those here.
+On the GPU machine gpu_check.sh calls --unpack, which puts the wheels into a folder, and --install,
+which puts the libraries into topk_megatron/ops unless they were built from other sources than those
+there. Both need Python alone, and use nothing if a file is not that of the manifest.
 """
 
 import argparse
@@ -270,7 +271,9 @@ def unpack(bundle: Path, site: Path) -> None:
 
 
 def install(bundle: Path) -> None:
-    """Put the bundle's libraries into the package, if they are of the sources here."""
+    """Check the bundle, and put its libraries into the package if they are of the sources here."""
+    if wrong := check(bundle):
+        raise BundleError("; ".join(wrong))
     stamp = bundle / "kernels" / "sources.sha256"
     if not stamp.is_file():
         print("gpu_bundle: no kernel libraries in the bundle")
@@ -297,7 +300,7 @@ def parse() -> argparse.Namespace:
     add("--limit", type=int, default=LIMIT, help="bytes of the working tree and bundle together")
     add("--check", type=Path, metavar="BUNDLE", help="check a bundle, and make none")
     add("--unpack", type=Path, metavar="BUNDLE", help="check a bundle and unpack its wheels")
-    add("--install", type=Path, metavar="BUNDLE", help="do so, and install its libraries")
+    add("--install", type=Path, metavar="BUNDLE", help="check a bundle and install its libraries")
     add("--site", type=Path, default=REPOSITORY / "build" / "gpu_site", help="where wheels go")
     return parser.parse_args()
 
@@ -305,10 +308,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Build, check or install a bundle."""
     options = parse()
-    if options.install is not None or options.unpack is not None:
-        unpack(options.install or options.unpack, options.site)
-        if options.install is not None:
-            install(options.install)
+    if options.unpack is not None:
+        unpack(options.unpack, options.site)
+        return
+    if options.install is not None:
+        install(options.install)
         return
     if options.check is not None:
         if wrong := check(options.check):

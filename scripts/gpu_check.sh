@@ -48,7 +48,10 @@ done
 if [ -z "$corpus" ] && [ -n "$bundle" ] && [ -d "$bundle/corpus" ]; then corpus=$bundle/corpus; fi
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo "$repo/.venv/bin/python" || echo python3)}
 site=$repo/build/gpu_site
-use_site() { export PYTHONPATH="$repo${bundle:+:$site}${te:+:$te}${PYTHONPATH:+:$PYTHONPATH}"; }
+unpack_wheels() {
+    export PYTHONPATH="$repo${bundle:+:$site}${te:+:$te}${PYTHONPATH:+:$PYTHONPATH}"
+    [ -z "$bundle" ] || "$python" scripts/gpu_bundle.py --unpack "$bundle" --site "$site"
+}
 [ -z "$bundle" ] || [ ! -f "$bundle/kernels/libcccl_topk.so" ] ||
     export TOPK_CCCL_LIBRARY="$bundle/kernels/libcccl_topk.so"
 # What the commands of the steps use.
@@ -63,7 +66,7 @@ tests='"$python" -m pytest -q -p no:cacheprovider'
 steps=(
     'machine|20|-|"$python" -m benchmarks.gpu.machine --output "$out/machine.json" --command "$GPU_CHECK_COMMAND"'
     'library|50|-|prepare_library'
-    "kernels|45|-|$tests tests/gpu/test_kernel.py tests/gpu/test_oracle.py"
+    "kernels|45|-|$tests -m 'not distributed' tests/gpu"
     'oracle|45|-|"$python" -m tests.gpu.oracle --seconds "$seconds" --output "$out/oracle.json"'
     "memcheck|35|compute-sanitizer|PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer memcheck $launches"
     "racecheck|30|compute-sanitizer|$sanitizer racecheck $launches --quick"
@@ -101,10 +104,10 @@ obstacle() {
     fi
 }
 
-# Installs the bundle's wheels and libraries, and builds the CUDA library if there is none to load.
+# Installs the bundle's libraries, and builds the CUDA library if there is none to load.
 prepare_library() {
     if [ -n "$bundle" ]; then
-        "$python" scripts/gpu_bundle.py --install "$bundle" --site "$site" || return 1
+        "$python" scripts/gpu_bundle.py --install "$bundle" || return 1
     fi
     local probe='from topk_megatron.ops.extension import MISSING; import sys; print(MISSING["cuda"] or "the CUDA library loads"); sys.exit(MISSING["cuda"] is not None)'
     "$python" -c "$probe" && return 0
@@ -198,15 +201,14 @@ if [ -n "$dry_run" ]; then
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     site=$scratch/site # the programs import what the bundle brings; nothing else is written
-    [ -z "$bundle" ] || "$python" scripts/gpu_bundle.py --unpack "$bundle" --site "$site" || exit 1
-    use_site
+    unpack_wheels || exit 1
     dry_run
     exit $?
 fi
 
 mkdir -p "$results" ${copy_to:+"$copy_to"} || die "cannot write to $results"
 rm -f "$results"/steps.tsv "$results"/*.json "$results"/*.log "$results"/*.csv "$results"/*.md
-use_site
+unpack_wheels || echo "going on without the bundle's wheels"
 SECONDS=0 deadline=$total failed=''
 for step in "${steps[@]}"; do run_step "$step"; done
 "$python" -m benchmarks.gpu.tables "$results" || failed=1

@@ -78,7 +78,7 @@ def models(args: Any, config: Any) -> dict[str, tuple[Any, Any]]:
     return built
 
 
-def one_step(model: Any, runtime: Any, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def one_step(model: Any, runtime: Any, batch: tuple[Any, ...]) -> torch.Tensor:
     """Run forward and backward of one microbatch, and return the loss."""
     tokens, positions, mask = batch
     model.zero_grad(set_to_none=True)
@@ -153,7 +153,9 @@ def prepare(sizes: argparse.Namespace) -> tuple[dict[str, tuple[Any, Any]], Any,
     built = models(args, config)
     where, length = torch.cuda.current_device(), sizes.seq_length
     tokens = torch.randint(0, sizes.vocab_size - 1, (sizes.batch, length)).to(where)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).triu(1)
+    mask = None  # as in training, attention masks by itself if the data brings no mask
+    if args.create_attention_mask_in_dataloader:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).triu(1)
     attention = built["dense"][0].decoder.layers[0].self_attention.core_attention
     batch = (tokens, torch.arange(length, device=where).expand_as(tokens), mask)
     return built, batch, type(attention).__name__

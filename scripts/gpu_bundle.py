@@ -183,7 +183,7 @@ def add_corpus(bundle: Path, options: argparse.Namespace) -> str:
         command += ["--output-prefix", corpus / "text", "--tokenizer-model", model]
         command += ["--workers", options.workers]
         # Two bytes a token. The sample says how much text makes one; other text may differ.
-        wanted = int(limit / 2 * bytes_per_token(model, sample) * 0.97)
+        wanted = int(limit / 2 * bytes_per_token(model, sample) * 0.92)
         while True:
             take_text(options.corpus, text, wanted)
             run(command, env=environment)

@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
@@ -55,7 +53,7 @@ def version(package: str) -> str | None:
 
 
 def describe(command: str) -> dict[str, Any]:
-    """Return everything that the tables name."""
+    """Return everything that the tables name and that is known without torch."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command,
@@ -63,11 +61,20 @@ def describe(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "card": read_card(),
-        "cuda": torch.version.cuda,
         "tools": {tool: shutil.which(tool) for tool in TOOLS},
         "nvcc": (first_lines("nvcc", "--version") or "absent").splitlines()[-1],
         "packages": {package: version(package) for package in PACKAGES},
     }
+    card = facts["card"]
+    facts["headline"] = f"{card.get('name', 'no card')}, driver {card.get('driver_version')}"
+    return facts
+
+
+def describe_torch() -> dict[str, Any]:
+    """Return what torch sees; importing it can take half a minute on a fresh machine."""
+    import torch
+
+    facts: dict[str, Any] = {"cuda": torch.version.cuda}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts["torch_device"] = {
@@ -87,13 +94,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     facts = describe(options.command)
-    card = facts["card"].get("name") or facts.get("torch_device", {}).get("name")
-    headline = f"{card}, driver {facts['card'].get('driver_version')}, torch {torch.__version__}"
-    if not torch.cuda.is_available():
-        headline = "torch finds no CUDA device"
-    options.output.write_text(json.dumps({"headline": headline, **facts}, indent=1))
+    options.output.write_text(json.dumps(facts, indent=1))
+    facts |= describe_torch()
+    facts["headline"] += f", torch {facts['packages']['torch']}"
+    options.output.write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))
-    raise SystemExit(not torch.cuda.is_available())
+    if "torch_device" not in facts:
+        raise SystemExit("error: torch finds no CUDA device")
+    print(facts["headline"])
 
 
 if __name__ == "__main__":

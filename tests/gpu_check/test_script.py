@@ -102,7 +102,7 @@ def test_failing_and_hanging_steps_do_not_stop_the_rest(fake: Path, tmp_path: Pa
         assert int(seconds) <= int(bound) + 2, name
     assert "| transport | failed (3) |" in done.stdout
     assert "the last words of a failure" in done.stdout
-    assert "| machine | ok | 0 of 7 | a fake card |" in done.stdout
+    assert "| machine | ok | 0 of 13 | a fake card |" in done.stdout
     wanted = {"gpu_operator.md", "gpu_train_step.md", "gpu_checks.md", "summary.md"}
     assert {path.name for path in copies.iterdir()} == {*wanted, "results.tar.gz"}
     with tarfile.open(results / "results.tar.gz") as archive:

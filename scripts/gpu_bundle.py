@@ -150,15 +150,19 @@ def bundle_bytes(bundle: Path) -> int:
 
 def take_text(patterns: list[str], target: Path, limit: int) -> int:
     """Write the first documents, up to `limit` bytes of text, as JSON lines; return their bytes."""
+    from topk_megatron.errors import UserError
     from topk_megatron.text.reading import read_texts
 
     size = 0
-    with target.open("w") as file:
-        for text in read_texts(patterns):
-            size += len(text.encode())
-            if size > limit:
-                break
-            file.write(json.dumps({"text": text}) + "\n")
+    try:
+        with target.open("w") as file:
+            for text in read_texts(patterns):
+                size += len(text.encode())
+                if size > limit:
+                    break
+                file.write(json.dumps({"text": text}) + "\n")
+    except UserError as problem:
+        raise BundleError(str(problem)) from None
     return min(size, limit)
 
 

@@ -167,6 +167,11 @@ def test_a_corpus_is_tokenised_within_its_limit(corpus: Path, tmp_path: Path) ->
     }
 
 
+def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(gpu_bundle.BundleError, match="nowhere"):
+        gpu_bundle.take_text([f"{tmp_path}/nowhere.txt"], tmp_path / "slice.jsonl", 100)
+
+
 def test_too_little_room_for_text_is_named(tmp_path: Path) -> None:
     options = Namespace(limit=gpu_bundle.tree_bytes(), corpus_mib=64, corpus=["x"])
     with pytest.raises(gpu_bundle.BundleError, match="too few for text"):

@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,6 @@ PERCENTAGES = {
 }
 INSTRUCTIONS = {p: f"sm__inst_executed_pipe_{p}.sum" for p in PIPES}
 METRICS = (TIME, READ, WRITTEN, *PERCENTAGES.values(), *INSTRUCTIONS.values())
-UNKNOWN = re.compile(r"[Ff]ailed to find metric\W+([\w.]+)")
 
 
 def read_rows(text: str) -> list[dict[str, str]]:
@@ -103,7 +101,8 @@ def profile(log: Path | None) -> tuple[str, list[str]]:
         output = done.stdout + done.stderr
         if log is not None:
             log.write_text(output)
-        missing = [name for name in UNKNOWN.findall(output) if name in metrics]
+        errors = "\n".join(line for line in output.splitlines() if "==ERROR==" in line)
+        missing = [name for name in metrics if name in errors]
         if not missing:
             if done.returncode != 0:
                 raise SystemExit(

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import baselines, launches, operator_times, train_step, transport
+from benchmarks.gpu import baselines, launches, operator_times, tables, train_step, transport
 from benchmarks.gpu.timing import Times, Work
 from tests.harness.launch import REPOSITORY
 from tests.rows import DTYPES, KINDS, MODES, make_rows
@@ -72,6 +73,33 @@ def test_plan_covers_every_kind_mode_and_dtype() -> None:
 
 @needs_kernel
 @pytest.mark.usefixtures("on_cpu")
+def test_a_run_writes_every_case_and_pages_show_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(operator_times.MISSING, "cuda", None)
+    options = Namespace(hidden=[4096, 1024], k=None, seconds=500, output=tmp_path / "operator.json")
+    operator_times.run(options)
+    facts = json.loads(options.output.read_text())
+    assert facts["left_out"] == 0
+    cases = operator_times.plan(options)
+    assert {title: len(lines) for title, lines in facts["tables"].items()} == {
+        title: len(lines) for title, lines in cases.items()
+    }
+    assert facts["headline"].startswith("bfloat16 H = 4096, k = 256, of the copy's")
+    page = tables.operator_page(tables.Results(tmp_path))
+    assert page.count("\n| bfloat16 |") + page.count("\n| float") == sum(
+        len(lines) for title, lines in cases.items() if title != "baselines"
+    )
+    options.seconds = -1
+    operator_times.run(options)
+    facts = json.loads(options.output.read_text())
+    assert facts["left_out"] == sum(map(len, cases.values()))
+    assert "was not measured" in facts["headline"]
+
+
+@needs_kernel
+@pytest.mark.usefixtures("on_cpu")
 def test_baselines_that_do_the_same_job_are_verified_and_the_rest_are_named() -> None:
     line = operator_times.baseline_lines(operator_times.Case("float32", 1024, 32))
     remarks = line["remarks"]
@@ -82,6 +110,25 @@ def test_baselines_that_do_the_same_job_are_verified_and_the_rest_are_named() ->
     for name in ("RTop-K", "FlashInfer top_k", "Transformer Engine fused_topk_with_score_function"):
         assert remarks[name].startswith("absent: ")
         assert name not in line
+
+
+@needs_kernel
+@pytest.mark.usefixtures("on_cpu")
+def test_a_baseline_that_fails_on_many_rows_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def small(x: torch.Tensor, k: int) -> torch.Tensor:
+        if len(x) < 64:  # `find` tries 64 rows
+            raise MemoryError("no workspace")
+        return topk_mask(x, k)
+
+    both = [baselines.Baseline(n, "y", lambda f=f: f) for n, f in (("s", small), ("t", topk_mask))]
+    monkeypatch.setattr(baselines, "BASELINES", both)
+    monkeypatch.setattr(operator_times, "BASELINES", both)
+    line = operator_times.baseline_lines(operator_times.Case("float32", 1024, 32))
+    assert line["remarks"]["s"] == "absent: fails on 4 rows: MemoryError"
+    assert line["t"]["median"] > 0
+    assert "s" not in line
 
 
 def test_a_baseline_that_selects_something_else_is_not_timed() -> None:

@@ -6,7 +6,8 @@
 
 Repeats are interleaved, so that a busy machine slows all rows of a table alike. Numbers are medians
 in nanoseconds per row, and ratios are of medians within one table. On CPU, outputs are allocated
-once, because the page faults of fresh memory would hide the kernel.
+once, because the page faults of fresh memory would hide the kernel. On a GPU,
+benchmarks/gpu/operator_times.py measures: rows drawn there, more baselines, more kinds of rows.
 
 Shape suffixes: R rows, H hidden size, K selected, W words of the bitmask.
 """
@@ -14,6 +15,7 @@ Shape suffixes: R rows, H hidden size, K selected, W words of the bitmask.
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,12 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu import operator_times
 from topk_megatron.ops.extension import MISSING
 from topk_megatron.ops.library import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {"out of cache": 8 << 20, "in cache": 512 << 10}  # bytes of x; cache: L2
-CUDA_BYTES = 256 << 20
+DEFAULT_KS = [64, 128, 256, 512]
 ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised", "scales")
 
 
@@ -35,7 +40,6 @@ ROW_KINDS = ("random", "relu", "mostly zero", "all equal", "quantised", "scales"
 class Setting:
     """One line of a table."""
 
-    device: str
     dtype: torch.dtype
     hidden_size: int
     k: int
@@ -66,7 +70,7 @@ def make_rows(kind: str, setting: Setting) -> Tensor:
             x_RH = (x_RH * 16).round() / 3.7
         case "scales":
             x_RH *= torch.randn((len(x_RH), 1), generator=generator).exp()
-    return x_RH.to(setting.dtype).to(setting.device)
+    return x_RH.to(setting.dtype)
 
 
 def topk_scatter(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
@@ -81,30 +85,16 @@ def kthvalue_threshold(x_RH: Tensor, k: int, y_RH: Tensor) -> None:
     torch.mul(x_RH, x_RH >= threshold_R1, out=y_RH)
 
 
-def timer(device: str) -> Callable[[Callable[[], object], int], float]:
-    """Return a function that runs work a number of times and returns seconds per run."""
-
-    def on_cpu(work: Callable[[], object], number: int) -> float:
-        start = time.perf_counter()
-        for _ in range(number):
-            work()
-        return (time.perf_counter() - start) / number
-
-    def on_cuda(work: Callable[[], object], number: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(number):
-            work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / number
-
-    return on_cuda if device == "cuda" else on_cpu
+def measure(work: Callable[[], object], number: int) -> float:
+    """Run work a number of times, and return seconds per run."""
+    start = time.perf_counter()
+    for _ in range(number):
+        work()
+    return (time.perf_counter() - start) / number
 
 
 def medians(works: dict[str, Callable[[], object]], setting: Setting) -> dict[str, float]:
     """Return nanoseconds per row of each work; runs take turns, repeatedly."""
-    measure = timer(setting.device)
     times: dict[str, list[float]] = {name: [] for name in works}
     number = {}
     for name, work in works.items():
@@ -118,19 +108,19 @@ def medians(works: dict[str, Callable[[], object]], setting: Setting) -> dict[st
 
 
 def forward_work(x_RH: Tensor, k: int, y_RH: Tensor, bits_RW: Tensor) -> Callable[[], object]:
-    if x_RH.is_cuda or MISSING["cpu"] is not None:
+    if MISSING["cpu"] is not None:
         return lambda: OPS.topk_mask(x_RH, k, "value")
     return lambda: torch.ops.topk_megatron_internal.forward_out(x_RH, k, "value", y_RH, bits_RW)
 
 
 def backward_work(dy_RH: Tensor, bits_RW: Tensor, dx_RH: Tensor) -> Callable[[], object]:
-    if dy_RH.is_cuda or MISSING["cpu"] is not None:
+    if MISSING["cpu"] is not None:
         return lambda: OPS.topk_mask_backward(dy_RH, bits_RW)
     return lambda: torch.ops.topk_megatron_internal.backward_out(dy_RH, bits_RW, dx_RH)
 
 
 def copy_work(x_RH: Tensor, y_RH: Tensor, *, stream: bool) -> Callable[[], object]:
-    if stream and not x_RH.is_cuda and MISSING["cpu"] is None:
+    if stream and MISSING["cpu"] is None:
         return lambda: torch.ops.topk_megatron_internal.stream_copy(x_RH, y_RH)
     return lambda: y_RH.copy_(x_RH)
 
@@ -168,16 +158,14 @@ def compare_kinds(setting: Setting) -> list[str]:
     return [f"{ns[kind] / ns['random']:.2f}" for kind in ROW_KINDS[1:]]
 
 
-def describe_machine(device: str) -> str:
+def describe_machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
-    kernel = "the reference" if MISSING[device] is not None else "the kernel"
+    kernel = "the reference" if MISSING["cpu"] is not None else "the kernel"
     return (
         f"{name}, {torch.get_num_threads()} thread(s), CPU capability {capability}; torch"
         f" {torch.__version__}, Python {platform.python_version()}; topk_mask is {kernel}"
@@ -193,15 +181,14 @@ def print_table(title: str, columns: list[str], lines: list[list[str]]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    sizes = SIZES if options.device == "cpu" else {"out of cache": CUDA_BYTES}
     columns = ["H", "k", "topk + scatter", "kthvalue", "copy", "limit", "forward", "backward"]
     columns += ["faster than topk", "forward / limit", "backward / limit"]
     kind_columns = ["H", "k", *(f"{kind} / random" for kind in ROW_KINDS[1:])]
-    print(f"\n## {describe_machine(options.device)}")
+    print(f"\n## {describe_machine()}")
     for name, dtype in DTYPES.items():
-        for place, num_bytes in sizes.items():
+        for place, num_bytes in SIZES.items():
             settings = [
-                Setting(options.device, dtype, hidden_size, k, num_bytes, options.repeats)
+                Setting(dtype, hidden_size, k, num_bytes, options.repeats)
                 for hidden_size in options.hidden
                 for k in options.k
                 if k < hidden_size
@@ -220,14 +207,23 @@ def main() -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     add("--hidden", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="row lengths H")
     add(
-        "--k", type=int, nargs="+", default=[64, 128, 256, 512], help="selected coordinates per row"
+        "--k",
+        type=int,
+        nargs="+",
+        help="selected per row (default: 64 128 256 512; on cuda H / 32, H / 16, H / 8)",
     )
     add(
         "--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one run for each value"
     )
-    add("--repeats", type=int, default=31, help="timed repeats of each work")
+    add("--repeats", type=int, default=31, help="timed repeats of each work (cpu)")
+    add("--seconds", type=float, default=600, help="when to start no further case (cuda)")
+    add("--output", type=Path, help="JSON file of the times (cuda)")
     options = parser.parse_args()
-    for num_threads in options.threads if options.device == "cpu" else [1]:
+    if options.device == "cuda":
+        operator_times.run(options)
+        return
+    options.k = options.k or DEFAULT_KS
+    for num_threads in options.threads:
         torch.set_num_threads(num_threads)
         run(options)
 

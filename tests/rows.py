@@ -3,6 +3,8 @@
 Shape suffix: R rows, H hidden, W words of the bitmask.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,26 +51,37 @@ def infinity_bits(dtype: torch.dtype) -> int:
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     info = torch.iinfo(INTEGERS[dtype.itemsize])
-    return from_bits(torch.randint(info.min, info.max, shape, generator=generator), dtype)
+    drawn = torch.randint(info.min, info.max, shape, generator=generator, device=generator.device)
+    return from_bits(drawn, dtype)
 
 
 def random_nans(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return NaNs of both signs and many payloads."""
     largest = torch.iinfo(INTEGERS[dtype.itemsize]).max
-    payload = torch.randint(infinity_bits(dtype) + 1, largest, shape, generator=generator)
-    negative = torch.rand(shape, generator=generator) < 0.5
+    where: Any = {"generator": generator, "device": generator.device}
+    payload = torch.randint(infinity_bits(dtype) + 1, largest, shape, **where)
+    negative = torch.rand(shape, **where) < 0.5
     return from_bits(torch.where(negative, payload - largest - 1, payload), dtype)
 
 
 def choice(values: list[float], shape_RH: tuple[int, int], generator: torch.Generator) -> Tensor:
-    return torch.tensor(values)[torch.randint(0, len(values), shape_RH, generator=generator)]
+    where: Any = {"generator": generator, "device": generator.device}
+    drawn = torch.randint(0, len(values), shape_RH, **where)
+    return torch.tensor(values, device=generator.device)[drawn]
 
 
-def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Make rows [R, H] of one kind."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(shape_RH, generator=generator)
-    share = torch.rand(shape_RH, generator=generator)
+def make_rows(
+    kind: str,
+    shape_RH: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:
+    """Make rows [R, H] of one kind, drawn on the device, whose random numbers are its own."""
+    generator = torch.Generator(device).manual_seed(seed)
+    where: Any = {"generator": generator, "device": device}
+    normal = torch.randn(shape_RH, **where)
+    share = torch.rand(shape_RH, **where)
     inf = float("inf")
     match kind:
         case "normal":
@@ -98,7 +111,7 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
         case "smallest_nan":
             # The pattern next to infinity, positive in one row and negative in the next.
             lowest = torch.iinfo(INTEGERS[dtype.itemsize]).min
-            negative = torch.arange(shape_RH[0])[:, None] % 2 * lowest
+            negative = torch.arange(shape_RH[0], device=device)[:, None] % 2 * lowest
             return torch.where(
                 share == share.amax(-1, keepdim=True),
                 from_bits(negative + infinity_bits(dtype) + 1, dtype),
@@ -112,7 +125,7 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             return random_nans(shape_RH, dtype, generator)
         case "denormals":
             lowest = torch.iinfo(INTEGERS[dtype.itemsize]).min
-            bits = torch.randint(-40, 40, shape_RH, generator=generator)
+            bits = torch.randint(-40, 40, shape_RH, **where)
             return from_bits(torch.where(bits < 0, lowest - bits, bits), dtype)
         case "random_bits":
             return random_bits(shape_RH, dtype, generator)
@@ -122,7 +135,7 @@ def make_rows(kind: str, shape_RH: tuple[int, int], dtype: torch.dtype, seed: in
             x = normal.clone()
             x[:, shape_RH[1] // 3 : shape_RH[1] // 3 + shape_RH[1] // 8 + 1] += 9
         case "one_lane":  # the largest in every 32nd group of 16 bytes: one CUDA thread has them
-            group = torch.arange(shape_RH[1]) * dtype.itemsize // 16
+            group = torch.arange(shape_RH[1], device=device) * dtype.itemsize // 16
             x = torch.where(group % 32 == 5, normal.abs() + 5, normal)
         case _:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

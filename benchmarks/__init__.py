@@ -1,0 +1,1 @@
+"""Benchmarks: each prints tables with the machine that measured them."""

@@ -320,7 +320,8 @@ def test_a_training_run_counts_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None
 
     for name in ("check_settings", "_check_world_size", "_check_unsupported", "_check_files"):
         monkeypatch.setattr(checks, name, lambda *_: None)
-    monkeypatch.setattr(checks, "check_accelerators", lambda *_: None)
+    for name in ("check_accelerators", "check_attention"):
+        monkeypatch.setattr(checks, name, lambda *_: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     config = TopKConfig(hidden_size=8, num_layers=1, k=2, layers=(0,))
     checks.check_arguments(Namespace(local_rank=0), config, "cuda")

@@ -1,5 +1,9 @@
 """The tools that analysts use open an exported folder unchanged."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.harness.forks import REPOSITORY
 from tests.hf.models import HIDDEN, K, make_folder
 
 pytestmark = pytest.mark.slow
@@ -36,18 +41,25 @@ def expected(model: Any, tokens: torch.Tensor) -> Any:
 
 
 def test_nnsight_traces_and_changes_the_sparse_states(
-    folder: Path, tokens: torch.Tensor, expected: Any
+    folder: Path, tokens: torch.Tensor, expected: Any, tmp_path: Path
 ) -> None:
-    from nnsight import LanguageModel
-
-    traced: Any = LanguageModel(str(folder), trust_remote_code=True, dispatch=True)
-    with traced.trace(tokens):
-        state = traced.model.layers[1].topk.output.save()
-    assert torch.equal(state, expected.hidden_states[2])
-    with traced.trace(tokens):
-        traced.model.layers[1].topk.output[:] = 0
-        logits = traced.lm_head.output.save()
-    assert not torch.equal(logits, expected.logits)
+    output = tmp_path / "traced.pt"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.hf.traced", str(folder), str(output)),
+            *(str(token) for token in tokens[0].tolist()),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(output)
+    assert torch.equal(found["state"], expected.hidden_states[2])
+    assert found["logits"].shape == expected.logits.shape
+    assert not torch.equal(found["logits"], expected.logits)
+    assert not hasattr(object, "save"), "nnsight was imported into the process of the tests"
 
 
 def test_transformer_bridge_boots_it_and_sees_the_sparse_states(
@@ -82,11 +94,6 @@ def test_saelens_wraps_the_states_in_an_identity_sae(expected: Any) -> None:
 
 
 def test_lm_eval_scores_it_by_its_own_command_line(folder: Path, tmp_path: Path) -> None:
-    import json
-    import os
-    import subprocess
-    import sys
-
     data = tmp_path / "data.jsonl"
     rows = [{"text": f"def f{n}(x):", "choices": [" return", "import"], "answer": 0} for n in "abc"]
     data.write_text("\n".join(map(json.dumps, rows)))

@@ -54,6 +54,21 @@ def test_cuda_factories_and_moves_land_on_the_cpu() -> None:
     )
 
 
+def test_forward_mode_knows_the_factories() -> None:
+    """torch scripts decompositions, which call factories, when forward mode is first used."""
+    passes(
+        """
+        prepare_device()
+        import torch
+        from torch.autograd import forward_ad
+        x, tangent = torch.ones(2), torch.full((2,), 3.0)
+        with forward_ad.dual_level():
+            y = forward_ad.make_dual(x, tangent) * torch.zeros_like(x).add(2)
+            assert torch.equal(forward_ad.unpack_dual(y).tangent, tangent * 2)
+        """
+    )
+
+
 def test_tensor_types_are_those_that_megatron_expects() -> None:
     passes(
         """

@@ -237,8 +237,17 @@ def _patch_streams() -> None:
 
 
 def _patch_factories() -> None:
+    from torch.jit import _builtins
+
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        factory = getattr(torch, name)
+        wrapper = _on_cpu(factory)
+        setattr(torch, name, wrapper)
+        # TorchScript recognises a factory by identity, and would compile the wrapper. torch's
+        # forward mode scripts its decompositions when it is first used.
+        operator = _builtins._find_builtin(factory)
+        if operator is not None:
+            _builtins._register_builtin(wrapper, operator)
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,312 @@
+// The kernel's lowest layer: how values compare, by instructions that treat both halves of a word
+// at once. Legend: topk_mask.cuh.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "topk_mask_plan.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define TOPK_SHARED_WORDS(name) extern __shared__ __align__(16) uint32_t name[]
+#else  // the tests include their emulation header before this one
+#define TOPK_SHARED_WORDS(name) uint32_t* name = cuda_emulation::shared_words()
+#endif
+
+namespace topk_mask {
+
+#define TOPK_INLINE __device__ __forceinline__
+
+// ---- Instructions that the compiler does not generate by itself -------------------------------
+// Each has a portable twin with the same meaning, which the tests' g++ build executes.
+
+// Every byte becomes 0xff or 0x00 by the top bit of the byte that its nibble of the selector names.
+TOPK_INLINE uint32_t spread_signs(uint32_t word, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(word), "r"(selector | 0x8888u));
+  return out;
+#else
+  uint32_t out = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const uint32_t source = (selector >> (4 * byte)) & 3u;
+    if (word >> (8 * source + 7) & 1u) out |= 0xffu << (8 * byte);
+  }
+  return out;
+#endif
+}
+
+// (a & b) | c
+TOPK_INLINE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return (a & b) | c;
+#endif
+}
+
+// bits += weight and kept = raw where x > bound or x is a NaN, else kept = 0. `bits` is a float
+// whose mantissa holds an integer: the sum then occupies the FMA pipe and not the crowded ALU.
+TOPK_INLINE void keep_if_above(float& bits, float weight, uint32_t& kept, uint32_t raw, float x,
+                               float bound) {
+#if defined(__CUDA_ARCH__)
+  asm("{.reg .pred p; setp.gtu.f32 p, %2, %3; @p add.f32 %0, %0, %4; selp.b32 %1, %5, 0, p;}"
+      : "+f"(bits), "=r"(kept)
+      : "f"(x), "f"(bound), "f"(weight), "r"(raw));
+#else
+  const bool above = !(x <= bound);
+  if (above) bits += weight;
+  kept = above ? raw : 0;
+#endif
+}
+
+TOPK_INLINE float as_float(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(word);
+#else
+  float x;
+  memcpy(&x, &word, sizeof x);
+  return x;
+#endif
+}
+
+TOPK_INLINE uint32_t as_word(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
+#endif
+}
+
+// An approximation: what is computed from it must not depend on its last bits.
+TOPK_INLINE float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// Rounds down, and to the nearest integer that an unsigned word holds.
+TOPK_INLINE uint32_t floor_to_word(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float2uint_rd(x);
+#else
+  return x >= 4294967296.0f ? 0xffffffffu : x > 0 ? static_cast<uint32_t>(x) : 0;
+#endif
+}
+
+// A float in [2^23, 2^24) whose lowest mantissa bits are an integer.
+constexpr float kCounter = 8388608.0f;
+constexpr uint32_t kCounterWord = 0x4b000000u;
+
+// ---- How values compare -----------------------------------------------------------------------
+
+// The hardware compares as the operator does: -0 equals +0, and "greater or unordered" is true for
+// a NaN. So no key has to be computed for an element. Only thresholds, one per row, are numbered:
+// the *order* of a value is its bit pattern made monotonic, with -0 next to +0. An order that is
+// no number, below -infinity, is a bound that everything is above.
+struct OrderLimits {
+  int bottom;  // everything is above it
+  int top;     // the class of all NaNs; not a bound
+  int one;     // the order of 1, where a search without a forecast starts
+  int binade;  // orders between 1 and 2
+};
+
+template <int kDtype, bool kAbsolute>
+struct Format;
+
+// Two 16-bit values in a word. The comparisons give a mask: each half is 0xffff or 0.
+template <int kDtype, bool kAbsolute>
+struct HalfFormat {
+  static constexpr bool kWide = false, kAbs = kAbsolute;
+  static constexpr int kElements = 8;  // of a slot
+  static constexpr int kInfinity = kDtype == 1 ? 0x7f80 : 0x7c00;
+  static constexpr int kMantissaBits = kDtype == 1 ? 7 : 10;
+  static constexpr OrderLimits kOrders = {kAbs ? -2 : -kInfinity - 2, kInfinity + 1,
+                                          kDtype == 1 ? 0x3f80 : 0x3c00, 1 << kMantissaBits};
+  // Fills slots past the row's end: never above a bound, and the last to be tied.
+  static constexpr uint32_t kPad = kAbs ? 0 : (0x8000u | kInfinity) * 0x10001u;
+
+  TOPK_INLINE static uint32_t bound_of(int order) {  // in both halves
+    return ((order ^ (order >> 31 & 0x7fff)) & 0xffffu) * 0x10001u;
+  }
+
+  TOPK_INLINE static uint32_t compared(uint32_t word) {
+    if (!kAbs) return word;
+#if defined(__CUDA_ARCH__)
+    uint32_t out;  // by these instructions, which run in the pipe for halves, not in the ALU
+    if (kDtype == 1) {
+      asm("abs.bf16x2 %0, %1;" : "=r"(out) : "r"(word));
+    } else {
+      asm("abs.f16x2 %0, %1;" : "=r"(out) : "r"(word));
+    }
+    return out;
+#else
+    return word & 0x7fff7fffu;
+#endif
+  }
+
+  TOPK_INLINE static uint32_t above(uint32_t word, uint32_t bound) {
+#if defined(__CUDA_ARCH__)
+    if (kDtype == 2) {
+      uint32_t mask;
+      asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(bound));
+      return mask;
+    }
+#if __CUDA_ARCH__ >= 900
+    uint32_t mask;
+    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(bound));
+    return mask;
+#endif
+#endif
+    return by_halves(word, bound, [](float x, float y) { return !(x <= y); });
+  }
+
+  TOPK_INLINE static uint32_t equal(uint32_t word, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+    if (kDtype == 2) {
+      uint32_t mask;
+      asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(value));
+      return mask;
+    }
+#if __CUDA_ARCH__ >= 900
+    uint32_t mask;
+    asm("set.eq.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(value));
+    return mask;
+#endif
+#endif
+    return by_halves(word, value, [](float x, float y) { return x == y; });
+  }
+
+  TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
+    const uint32_t magnitude = word & 0x7fff7fffu;
+    return ((magnitude & 0xffffu) > kInfinity ? 0xffffu : 0) |
+           ((magnitude >> 16) > kInfinity ? 0xffff0000u : 0);
+  }
+
+  // Masks add up as two counters. The sums add up, too: over words, slots, lanes.
+  using Count = uint32_t;
+  TOPK_INLINE static Count above_in(const uint32_t (&words)[4], uint32_t bound) {
+    return above(compared(words[0]), bound) + above(compared(words[1]), bound) +
+           above(compared(words[2]), bound) + above(compared(words[3]), bound);
+  }
+  TOPK_INLINE static Count equal_in(const uint32_t (&words)[4], uint32_t value) {
+    return equal(compared(words[0]), value) + equal(compared(words[1]), value) +
+           equal(compared(words[2]), value) + equal(compared(words[3]), value);
+  }
+  TOPK_INLINE static uint32_t summand(Count count) { return count; }
+  // A mask adds 65535 for its low half and -65536 for its high one, modulo 2^32.
+  // The count behind a sum of at most 65535 elements. `summands`: how many were added up.
+  TOPK_INLINE static uint32_t decode(uint32_t sum, uint32_t /* summands */) {
+    const uint32_t counts = 0 - sum, low = counts & 0xffffu;
+    return (low + low + (counts >> 16)) & 0xffffu;
+  }
+
+ private:
+  TOPK_INLINE static float widen(uint32_t half) {
+    if (kDtype == 1) return as_float(half << 16);
+    // Only the tests' build converts: the exponent is moved, which is exact but for NaNs.
+    const uint32_t magnitude = half & 0x7fffu;
+    const float x = magnitude >= 0x7c00u ? as_float(0x7f800000u | magnitude << 13)
+                                         : as_float(magnitude << 13) * 5.192296858534828e33f;
+    return half & 0x8000u ? -x : x;
+  }
+
+  template <class Compare>
+  TOPK_INLINE static uint32_t by_halves(uint32_t word, uint32_t other, Compare compare) {
+    return (compare(widen(word & 0xffffu), widen(other & 0xffffu)) ? 0xffffu : 0) |
+           (compare(widen(word >> 16), widen(other >> 16)) ? 0xffff0000u : 0);
+  }
+};
+
+template <bool kAbsolute>
+struct Format<1, kAbsolute> : HalfFormat<1, kAbsolute> {};
+template <bool kAbsolute>
+struct Format<2, kAbsolute> : HalfFormat<2, kAbsolute> {};
+
+// One float32 in a word. A comparison gives 1 or 0, which are counted in the FMA pipe.
+template <bool kAbsolute>
+struct Format<0, kAbsolute> {
+  static constexpr bool kWide = true, kAbs = kAbsolute;
+  static constexpr int kElements = 4;
+  static constexpr int kInfinity = 0x7f800000;
+  static constexpr OrderLimits kOrders = {kAbs ? -2 : -kInfinity - 2, kInfinity + 1, 0x3f800000,
+                                          1 << 23};
+  static constexpr uint32_t kPad = kAbs ? 0 : 0xff800000u;
+
+  TOPK_INLINE static uint32_t bound_of(int order) {
+    return static_cast<uint32_t>(order ^ (order >> 31 & 0x7fffffff));
+  }
+  // The order of a number. For both zeros it is that of -0, below which there is no zero.
+  TOPK_INLINE static int order_of(float x) {
+    const int bits = static_cast<int>(as_word(x));
+    return bits == 0 ? -1 : bits ^ (bits >> 31 & 0x7fffffff);
+  }
+
+  TOPK_INLINE static float compared(uint32_t word) {
+    return kAbs ? fabsf(as_float(word)) : as_float(word);
+  }
+  TOPK_INLINE static uint32_t equal(float x, uint32_t value) { return x == as_float(value); }
+  TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
+    return (word & 0x7fffffffu) > kInfinity;
+  }
+
+  using Count = float;
+  TOPK_INLINE static Count above_in(const uint32_t (&words)[4], uint32_t bound) {
+    return (one_if_above(words[0], bound) + one_if_above(words[1], bound)) +
+           (one_if_above(words[2], bound) + one_if_above(words[3], bound));
+  }
+  TOPK_INLINE static Count equal_in(const uint32_t (&words)[4], uint32_t value) {
+    return (one_if_equal(words[0], value) + one_if_equal(words[1], value)) +
+           (one_if_equal(words[2], value) + one_if_equal(words[3], value));
+  }
+  TOPK_INLINE static uint32_t summand(Count count) { return as_word(count + kCounter); }
+  TOPK_INLINE static uint32_t decode(uint32_t sum, uint32_t summands) {
+    return sum - summands * kCounterWord;
+  }
+
+ private:
+  TOPK_INLINE static float one_if_above(uint32_t word, uint32_t bound) {
+#if defined(__CUDA_ARCH__)
+    float one;
+    asm("set.gtu.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(compared(word)), "f"(as_float(bound)));
+    return one;
+#else
+    return !(compared(word) <= as_float(bound));
+#endif
+  }
+  TOPK_INLINE static float one_if_equal(uint32_t word, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+    float one;
+    asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(compared(word)), "f"(as_float(value)));
+    return one;
+#else
+    return compared(word) == as_float(value);
+#endif
+  }
+};
+
+// y = raw where the slot's bit is set.
+template <class Fmt>
+TOPK_INLINE void keep_selected(const uint32_t (&raw)[4], uint32_t bits, uint32_t (&kept)[4]) {
+  // The product moves bit i of a nibble to the top of byte i.
+  const uint32_t low = (bits & 0xfu) * 0x10204080u;
+  if (Fmt::kWide) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) kept[i] = raw[i] & spread_signs(low, 0x1111u * i);
+  } else {
+    const uint32_t high = (bits >> 4) * 0x10204080u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      kept[i] = raw[i] & spread_signs(i < 2 ? low : high, i % 2 ? 0x3322u : 0x1100u);
+  }
+}
+
+}  // namespace topk_mask

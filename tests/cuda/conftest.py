@@ -3,10 +3,9 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from emulated import CSRC, EmulatedKernels, build, find_compiler
+from emulated import CSRC, HERE, EmulatedKernels, build, find_compiler
 from ptx_runner import PTX_ARCHITECTURES, PtxTools
 
 
@@ -35,18 +34,15 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="session")
 def ptx_tools(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> PtxTools:
-    """Build the PTX and its driver; TOPK_PTXEMU_DIR is the folder of ptxemu.h and ptxemu.cc."""
-    emulator = os.environ.get("TOPK_PTXEMU_DIR")
-    if emulator is None:
-        pytest.skip("TOPK_PTXEMU_DIR (folder of the PTX emulator) is not set: PTX is not executed")
+    """Build the PTX, and the driver with the PTX emulator."""
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler: PTX is not executed")
     folder = tmp_path_factory.mktemp("ptx")
-    driver, sources = folder / "driver", Path(__file__).parent / "ptx" / "driver.cpp"
+    driver, emulator = folder / "driver", HERE / "emulator"
     # fmt: off
-    _run([compiler, "-O2", "-std=c++17", "-w", f"-I{emulator}", f"-I{CSRC}", str(sources),
-          f"{emulator}/ptxemu.cc", "-o", str(driver)])
+    _run([compiler, "-O2", "-std=c++17", "-w", f"-I{emulator}/ptx", f"-I{CSRC}",
+          str(emulator / "driver.cpp"), str(emulator / "ptx" / "ptxemu.cc"), "-o", str(driver)])
     # fmt: on
     ptx = {arch: folder / f"topk_mask_{arch}.ptx" for arch in PTX_ARCHITECTURES}
     for arch, path in ptx.items():

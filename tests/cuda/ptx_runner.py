@@ -1,4 +1,4 @@
-"""Runs cases in the PTX emulator (`ptx/driver.cpp`) and reads back tensors and counters."""
+"""Runs cases in the PTX emulator (`emulator/driver.cpp`) and reads back tensors and counters."""
 
 import json
 import subprocess

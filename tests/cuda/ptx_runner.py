@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emulated import DTYPE_CODES, MODE_CODES, SHARED_LIMIT
+from emulated import DTYPE_CODES, MODE_CODES
 from torch import Tensor
 
 from topk_megatron.ops.reference import WORD_BITS
@@ -15,6 +15,7 @@ from topk_megatron.ops.reference import WORD_BITS
 SECTOR_BYTES = 32
 WARP_LANES = 32
 PTX_ARCHITECTURES = ("80", "90")
+RESIDENT_BLOCKS = 1  # that run at a time: they take turns on more rows than they have
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_cases(
         RuntimeError: the emulator stopped or warned; the message has its output.
     """
     lines = "".join(_case_line(i, case, folder) for i, case in enumerate(cases))
-    command = [str(driver), str(ptx), str(SHARED_LIMIT)]
+    command = [str(driver), str(ptx), str(RESIDENT_BLOCKS)]
     result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr}")

@@ -1,6 +1,6 @@
 // Runs the PTX that nvcc wrote for the kernels in a PTX emulator, case by case.
 //
-//   driver <ptx file> <shared limit> < cases
+//   driver <ptx file> <resident blocks> < cases
 //
 // A case is a line "direction dtype mode rows hidden k input output". The direction is forward or
 // backward, the input file holds x (backward: dy, then the bits), and the output file receives y
@@ -44,12 +44,10 @@ class Buffer {
   size_t bytes_;
 };
 
-std::string kernel_name(const Case& c, const topk_mask::Plan& plan) {
+std::string kernel_name(const Case& c, int variant) {
   static const char* const dtypes[] = {"float32", "bfloat16", "float16"};
-  if (c.direction[0] == 'b')
-    return c.dtype == 0 ? "topk_mask_backward_32bit" : "topk_mask_backward_16bit";
   return std::string("topk_mask_") + dtypes[c.dtype] + (c.mode ? "_abs_" : "_value_") +
-         topk_mask::variant_name(plan.variant);
+         topk_mask::variant_name(variant);
 }
 
 void print(const std::string& kernel, const ptxemu::Stats& s, int warnings) {
@@ -62,7 +60,7 @@ void print(const std::string& kernel, const ptxemu::Stats& s, int warnings) {
   fflush(stdout);
 }
 
-void run(ptxemu::Module& module, const Case& c, size_t shared_limit) {
+void run(ptxemu::Module& module, const Case& c, int64_t resident) {
   const bool forward = c.direction[0] == 'f';
   const size_t row_bytes = static_cast<size_t>(c.hidden) * topk_mask::element_bytes(c.dtype);
   const size_t bits_bytes = static_cast<size_t>(c.hidden + 31) / 32 * 4;
@@ -80,16 +78,24 @@ void run(ptxemu::Module& module, const Case& c, size_t shared_limit) {
   int hidden = c.hidden, k = c.k;
   const bool aligned = topk_mask::rows_aligned(in_at, out_at, hidden,
                                                topk_mask::element_bytes(c.dtype));
-  topk_mask::Plan plan =
-      forward ? topk_mask::plan_forward(rows, hidden, c.dtype, aligned, shared_limit)
-              : topk_mask::plan_backward(rows, hidden, c.dtype);
   void* forward_args[] = {&in_at, &out_at, &bits_at, &rows, &hidden, &k};
-  void* backward_args[] = {&in_at, &bits_at, &out_at, &rows, &hidden, &plan.warps_per_row};
+  void* backward_args[] = {&in_at, &bits_at, &out_at, &rows, &hidden};
   ptxemu::Stats stats;
   const int warnings = ptxemu::warnings;
-  const std::string kernel = kernel_name(c, plan);
-  ptxemu::launch(module, kernel, plan.blocks, 1, plan.threads, plan.shared_bytes,
-                 forward ? forward_args : backward_args, stats);
+  std::string kernel;
+  if (forward) {
+    const topk_mask::Plan plan = topk_mask::plan_forward(rows, hidden, c.dtype, aligned);
+    kernel = kernel_name(c, plan.variant);
+    ptxemu::launch(module, kernel, topk_mask::persistent_blocks(plan.blocks, resident), 1,
+                   plan.threads, plan.shared_bytes, forward_args, stats);
+  } else {
+    const topk_mask::BackwardPlan plan =
+        topk_mask::plan_backward(in_at, out_at, rows, hidden, c.dtype);
+    kernel = c.dtype == 0 ? "topk_mask_backward_32bit" : "topk_mask_backward_16bit";
+    kernel += plan.flat ? "_flat" : "_rows";
+    ptxemu::launch(module, kernel, plan.blocks, 1, topk_mask::kBackwardThreads, 0, backward_args,
+                   stats);
+  }
   file = fopen(c.output, "wb");
   if (!file) perror(c.output), exit(2);
   out.write(file);
@@ -101,7 +107,7 @@ void run(ptxemu::Module& module, const Case& c, size_t shared_limit) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return fprintf(stderr, "usage: driver <ptx file> <shared limit> < cases\n"), 2;
+  if (argc != 3) return fprintf(stderr, "usage: driver <ptx file> <resident blocks> < cases\n"), 2;
   ptxemu::Module module;
   module.load(argv[1]);
   Case c;

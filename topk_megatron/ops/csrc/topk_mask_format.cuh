@@ -201,6 +201,7 @@ struct HalfFormat {
     return equal(compared(words[0]), value) + equal(compared(words[1]), value) +
            equal(compared(words[2]), value) + equal(compared(words[3]), value);
   }
+  TOPK_INLINE static Count count_of(uint32_t mask) { return mask; }
   TOPK_INLINE static uint32_t summand(Count count) { return count; }
   // A mask adds 65535 for its low half and -65536 for its high one, modulo 2^32.
   // The count behind a sum of at most 65535 elements. `summands`: how many were added up.
@@ -253,9 +254,11 @@ struct Format<0, kAbsolute> {
   TOPK_INLINE static float compared(uint32_t word) {
     return kAbs ? fabsf(as_float(word)) : as_float(word);
   }
-  TOPK_INLINE static uint32_t equal(float x, uint32_t value) { return x == as_float(value); }
+  TOPK_INLINE static uint32_t equal(float x, uint32_t value) {  // a mask, as for halves
+    return x == as_float(value) ? 0xffffffffu : 0;
+  }
   TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
-    return (word & 0x7fffffffu) > kInfinity;
+    return (word & 0x7fffffffu) > kInfinity ? 0xffffffffu : 0;
   }
 
   using Count = float;
@@ -267,6 +270,7 @@ struct Format<0, kAbsolute> {
     return (one_if_equal(words[0], value) + one_if_equal(words[1], value)) +
            (one_if_equal(words[2], value) + one_if_equal(words[3], value));
   }
+  TOPK_INLINE static Count count_of(uint32_t mask) { return mask != 0 ? 1.0f : 0.0f; }
   TOPK_INLINE static uint32_t summand(Count count) { return as_word(count + kCounter); }
   TOPK_INLINE static uint32_t decode(uint32_t sum, uint32_t summands) {
     return sum - summands * kCounterWord;
@@ -276,7 +280,12 @@ struct Format<0, kAbsolute> {
   TOPK_INLINE static float one_if_above(uint32_t word, uint32_t bound) {
 #if defined(__CUDA_ARCH__)
     float one;
-    asm("set.gtu.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(compared(word)), "f"(as_float(bound)));
+    if (kAbs) {  // in one piece: the compiler would hold the absolute values in registers
+      asm("{.reg .f32 a; abs.f32 a, %1; set.gtu.f32.f32 %0, a, %2;}"
+          : "=f"(one) : "f"(as_float(word)), "f"(as_float(bound)));
+    } else {
+      asm("set.gtu.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(as_float(word)), "f"(as_float(bound)));
+    }
     return one;
 #else
     return !(compared(word) <= as_float(bound));
@@ -285,7 +294,12 @@ struct Format<0, kAbsolute> {
   TOPK_INLINE static float one_if_equal(uint32_t word, uint32_t value) {
 #if defined(__CUDA_ARCH__)
     float one;
-    asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(compared(word)), "f"(as_float(value)));
+    if (kAbs) {
+      asm("{.reg .f32 a; abs.f32 a, %1; set.eq.f32.f32 %0, a, %2;}"
+          : "=f"(one) : "f"(as_float(word)), "f"(as_float(value)));
+    } else {
+      asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(as_float(word)), "f"(as_float(value)));
+    }
     return one;
 #else
     return compared(word) == as_float(value);

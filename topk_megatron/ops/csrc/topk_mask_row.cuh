@@ -178,15 +178,6 @@ class WarpChunks {
     return Fmt::decode(__reduce_add_sync(kFullWarp, Fmt::summand(count)), kLanes);
   }
 
-  TOPK_INLINE uint32_t count_equal(uint32_t value) const {
-    typename Fmt::Count count = 0;
-    for_each([&](uint32_t v, int, const uint32_t(&raw)[4]) {
-      // Pads at the row's end come after all elements; those of other warps' chunks do not.
-      if (owns(v)) count += Fmt::equal_in(raw, value);
-    });
-    return Fmt::decode(__reduce_add_sync(kFullWarp, Fmt::summand(count)), kLanes);
-  }
-
   TOPK_INLINE void store(uint32_t v, const uint32_t (&kept)[4]) const {
     if (static_cast<int>(v * kLanes) >= limit_) return;
     uint8_t* slot = row_.y + v * kChunkBytes;

@@ -69,7 +69,7 @@ TOPK_INLINE int next_order(const Bracket& bracket, uint32_t k, int counts, bool 
     const uint32_t most = bracket.width() - 1;
     step = step < 1 ? 1 : step > most ? most : step;
   }
-  return bracket.low + static_cast<int>(step);
+  return static_cast<int>(static_cast<uint32_t>(bracket.low) + step);  // as words: it may not fit
 }
 
 // The value next above the bracket's lower end. Only for float32: others have few orders.

@@ -41,7 +41,7 @@ struct NotNumbers {
   TOPK_INLINE typename Fmt::Count count_in(const uint32_t (&raw)[4]) const {
     typename Fmt::Count count = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) count += static_cast<typename Fmt::Count>(mask_of(raw[i]));
+    for (int i = 0; i < 4; ++i) count += Fmt::count_of(mask_of(raw[i]));
     return count;
   }
   TOPK_INLINE uint32_t mask_of(uint32_t word) const { return Fmt::not_a_number(word); }

@@ -122,6 +122,38 @@ struct OrderLimits {
 template <int kDtype, bool kAbsolute>
 struct Format;
 
+#if defined(__CUDA_ARCH__)
+// mask = both halves of (kAbs ? |a| : a) compared with those of b, in the class HalfFormat below.
+#define TOPK_COMPARE_PACKED(type, how, mask, a, b)                                             \
+  if (kAbs) {                                                                                  \
+    asm("{.reg .b32 m; abs." type " m, %1; set." how ".u32." type " %0, m, %2;}"               \
+        : "=r"(mask) : "r"(a), "r"(b));                                                        \
+  } else {                                                                                     \
+    asm("set." how ".u32." type " %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));                 \
+  }
+#if __CUDA_ARCH__ >= 900
+#define TOPK_COMPARE_BFLOAT16(how, mask, a, b) TOPK_COMPARE_PACKED("bf16x2", how, mask, a, b)
+#else
+// No such instruction: as two floats, of which a bfloat16 is the upper half. z is 0, because both
+// halves of b are equal; a literal 0 would make the widened values invariant, and ptxas would move
+// them out of the loop that counts, into registers that there are not.
+#define TOPK_COMPARE_BFLOAT16(how, mask, a, b)                                                 \
+  asm("{.reg .b32 z, s, t, u, v; .reg .pred p, q;\n\t"                                         \
+      "shr.u32 z, %2, 16; and.b32 t, %2, 0xffff; xor.b32 z, z, t;\n\t"                      \
+      "xor.b32 v, z, %3; and.b32 u, %1, v;\n\t"                                                 \
+      "prmt.b32 s, u, z, 0x1044; shl.b32 t, %2, 16; setp." how ".f32 p, s, t;\n\t"             \
+      "prmt.b32 s, u, z, 0x3244; setp." how ".f32 q, s, t;\n\t"                                \
+      "selp.b32 u, 0xffff, 0, p; selp.b32 v, 0xffff0000, 0, q; or.b32 %0, u, v;}"              \
+      : "=r"(mask) : "r"(a), "r"(b), "n"(kAbs ? 0x7fff7fff : -1))
+#endif
+#define TOPK_COMPARE_HALVES(how, mask, a, b)              \
+  if (kDtype == 2) {                                      \
+    TOPK_COMPARE_PACKED("f16x2", how, mask, a, b)         \
+  } else {                                                \
+    TOPK_COMPARE_BFLOAT16(how, mask, a, b);               \
+  }
+#endif
+
 // Two 16-bit values in a word. The comparisons give a mask: each half is 0xffff or 0.
 template <int kDtype, bool kAbsolute>
 struct HalfFormat {
@@ -138,51 +170,26 @@ struct HalfFormat {
     return ((order ^ (order >> 31 & 0x7fff)) & 0xffffu) * 0x10001u;
   }
 
-  TOPK_INLINE static uint32_t compared(uint32_t word) {
-    if (!kAbs) return word;
-#if defined(__CUDA_ARCH__)
-    uint32_t out;  // by these instructions, which run in the pipe for halves, not in the ALU
-    if (kDtype == 1) {
-      asm("abs.bf16x2 %0, %1;" : "=r"(out) : "r"(word));
-    } else {
-      asm("abs.f16x2 %0, %1;" : "=r"(out) : "r"(word));
-    }
-    return out;
-#else
-    return word & 0x7fff7fffu;
-#endif
-  }
-
+  // The masks are made in one piece of assembly each. Otherwise the compiler would hold absolute or
+  // widened values in registers from one comparison to the next.
   TOPK_INLINE static uint32_t above(uint32_t word, uint32_t bound) {
 #if defined(__CUDA_ARCH__)
-    if (kDtype == 2) {
-      uint32_t mask;
-      asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(bound));
-      return mask;
-    }
-#if __CUDA_ARCH__ >= 900
     uint32_t mask;
-    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(bound));
+    TOPK_COMPARE_HALVES("gtu", mask, word, bound);
     return mask;
-#endif
-#endif
+#else
     return by_halves(word, bound, [](float x, float y) { return !(x <= y); });
+#endif
   }
 
   TOPK_INLINE static uint32_t equal(uint32_t word, uint32_t value) {
 #if defined(__CUDA_ARCH__)
-    if (kDtype == 2) {
-      uint32_t mask;
-      asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(value));
-      return mask;
-    }
-#if __CUDA_ARCH__ >= 900
     uint32_t mask;
-    asm("set.eq.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(value));
+    TOPK_COMPARE_HALVES("eq", mask, word, value);
     return mask;
-#endif
-#endif
+#else
     return by_halves(word, value, [](float x, float y) { return x == y; });
+#endif
   }
 
   TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
@@ -194,12 +201,12 @@ struct HalfFormat {
   // Masks add up as two counters. The sums add up, too: over words, slots, lanes.
   using Count = uint32_t;
   TOPK_INLINE static Count above_in(const uint32_t (&words)[4], uint32_t bound) {
-    return above(compared(words[0]), bound) + above(compared(words[1]), bound) +
-           above(compared(words[2]), bound) + above(compared(words[3]), bound);
+    return above(words[0], bound) + above(words[1], bound) +
+           above(words[2], bound) + above(words[3], bound);
   }
   TOPK_INLINE static Count equal_in(const uint32_t (&words)[4], uint32_t value) {
-    return equal(compared(words[0]), value) + equal(compared(words[1]), value) +
-           equal(compared(words[2]), value) + equal(compared(words[3]), value);
+    return equal(words[0], value) + equal(words[1], value) +
+           equal(words[2], value) + equal(words[3], value);
   }
   TOPK_INLINE static Count count_of(uint32_t mask) { return mask; }
   TOPK_INLINE static uint32_t summand(Count count) { return count; }
@@ -211,17 +218,19 @@ struct HalfFormat {
   }
 
  private:
+  // For the tests' build. A float16's exponent is moved by a product, which is exact.
   TOPK_INLINE static float widen(uint32_t half) {
-    if (kDtype == 1) return as_float(half << 16);
-    // Only the tests' build converts: the exponent is moved, which is exact but for NaNs.
     const uint32_t magnitude = half & 0x7fffu;
-    const float x = magnitude >= 0x7c00u ? as_float(0x7f800000u | magnitude << 13)
-                                         : as_float(magnitude << 13) * 5.192296858534828e33f;
+    float x = as_float(magnitude << 16);
+    if (kDtype == 2)
+      x = magnitude >= 0x7c00u ? as_float(0x7f800000u | magnitude << 13)
+                               : as_float(magnitude << 13) * 5.192296858534828e33f;
     return half & 0x8000u ? -x : x;
   }
 
   template <class Compare>
   TOPK_INLINE static uint32_t by_halves(uint32_t word, uint32_t other, Compare compare) {
+    if (kAbs) word &= 0x7fff7fffu;
     return (compare(widen(word & 0xffffu), widen(other & 0xffffu)) ? 0xffffu : 0) |
            (compare(widen(word >> 16), widen(other >> 16)) ? 0xffff0000u : 0);
   }
@@ -254,8 +263,8 @@ struct Format<0, kAbsolute> {
   TOPK_INLINE static float compared(uint32_t word) {
     return kAbs ? fabsf(as_float(word)) : as_float(word);
   }
-  TOPK_INLINE static uint32_t equal(float x, uint32_t value) {  // a mask, as for halves
-    return x == as_float(value) ? 0xffffffffu : 0;
+  TOPK_INLINE static uint32_t equal(uint32_t word, uint32_t value) {  // a mask, as for halves
+    return compared(word) == as_float(value) ? 0xffffffffu : 0;
   }
   TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
     return (word & 0x7fffffffu) > kInfinity ? 0xffffffffu : 0;

@@ -25,9 +25,7 @@ struct EqualElements {
   TOPK_INLINE typename Fmt::Count count_in(const uint32_t (&raw)[4]) const {
     return Fmt::equal_in(raw, value);
   }
-  TOPK_INLINE uint32_t mask_of(uint32_t word) const {
-    return Fmt::equal(Fmt::compared(word), value);
-  }
+  TOPK_INLINE uint32_t mask_of(uint32_t word) const { return Fmt::equal(word, value); }
   template <class Chunks, class F>
   TOPK_INLINE static void for_each(const Chunks& chunks, F f) {
     chunks.for_each(f);
@@ -120,7 +118,7 @@ TOPK_INLINE uint32_t keep_above(const uint32_t (&raw)[4], uint32_t bound, uint32
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t mask = Fmt::above(Fmt::compared(raw[i]), bound);
+      const uint32_t mask = Fmt::above(raw[i], bound);
       kept[i] = raw[i] & mask;
       bits = and_or(mask, 0x20001u << (2 * i), bits);
     }

@@ -1,112 +1,119 @@
-// Runs the PTX that nvcc wrote for the kernels in a PTX emulator, case by case.
+// Runs the operator's entry points in an emulator, case by case.
 //
-//   driver <ptx file> <shared limit> < cases
+//   driver <shared limit> <program file>... < cases
 //
 // A case is a line "direction dtype mode rows hidden k input output". The direction is forward or
 // backward, the input file holds x (backward: dy, then the bits), and the output file receives y
 // and the bits (backward: dx). The driver prints one JSON object with the counters per case. The
 // emulator ends the process at an access out of bounds or a deadlock, and counts lesser faults
 // (shared races) as warnings.
+#include "topk_mask_cuda.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <string>
 
-#include "ptxemu.h"
-#include "topk_mask_plan.h"
+#include "cuda_runtime.h"
 
 namespace {
+
+constexpr size_t kAlignment = 256;  // of memory from the CUDA allocator
 
 struct Case {
   char direction[16], input[4096], output[4096];
   int dtype, mode, hidden, k;
   long rows;
+  bool forward() const { return direction[0] == 'f'; }
 };
 
-// Aligned to 256 bytes, like memory from the CUDA allocator; the emulator knows its exact size.
+[[noreturn]] void give_up(const char* message, const char* about) {
+  fprintf(stderr, "driver: %s: %s\n", message, about);
+  exit(2);
+}
+
+// Aligned like memory from the CUDA allocator; the emulator knows its exact size.
 class Buffer {
  public:
   Buffer(size_t bytes, bool writable) : bytes_(bytes) {
-    data_ = aligned_alloc(256, (bytes + 511) / 256 * 256);
+    data_ = aligned_alloc(kAlignment, (bytes / kAlignment + 1) * kAlignment);
     memset(data_, 0xee, bytes);
-    ptxemu::region(data_, bytes, writable);
+    emulator::device().memory.allow(data_, bytes, writable);
   }
+  Buffer(const Buffer&) = delete;
   ~Buffer() { free(data_); }
   void read(FILE* file) {
-    if (fread(data_, 1, bytes_, file) != bytes_) fprintf(stderr, "short input\n"), exit(2);
+    if (fread(data_, 1, bytes_, file) != bytes_) give_up("short input", "a case's file");
   }
   void write(FILE* file) const { fwrite(data_, 1, bytes_, file); }
-  void* pointer() const { return data_; }
+  template <class T = void>
+  T* pointer() const {
+    return static_cast<T*>(data_);
+  }
 
  private:
-  void* data_;
   size_t bytes_;
+  void* data_;
 };
 
-std::string kernel_name(const Case& c, const topk_mask::Plan& plan) {
-  static const char* const dtypes[] = {"float32", "bfloat16", "float16"};
-  if (c.direction[0] == 'b')
-    return c.dtype == 0 ? "topk_mask_backward_32bit" : "topk_mask_backward_16bit";
-  return std::string("topk_mask_") + dtypes[c.dtype] + (c.mode ? "_abs_" : "_value_") +
-         topk_mask::variant_name(plan.variant);
+FILE* open(const char* name, const char* mode) {
+  FILE* file = fopen(name, mode);
+  if (!file) give_up("cannot open", name);
+  return file;
 }
 
-void print(const std::string& kernel, const ptxemu::Stats& s, int warnings) {
+void print(const std::string& kernel, const emulator::Counters& c) {
   printf("{\"kernel\": \"%s\", \"warp_instructions\": %lu, \"thread_instructions\": %lu, "
-         "\"load_sectors\": %lu, \"store_sectors\": %lu, \"shared_requests\": %lu, "
-         "\"shared_wavefronts\": %lu, \"atomic_requests\": %lu, \"atomic_serial\": %lu, "
-         "\"barriers\": %lu, \"warnings\": %d}\n",
-         kernel.c_str(), s.warp_insn, s.lane_insn, s.gld_sectors, s.gst_sectors, s.sh_req,
-         s.sh_wavefronts, s.atom_req, s.atom_serial, s.barriers, warnings);
+         "\"load_requests\": %lu, \"load_sectors\": %lu, \"store_requests\": %lu, "
+         "\"store_sectors\": %lu, \"shared_requests\": %lu, \"shared_wavefronts\": %lu, "
+         "\"atomic_requests\": %lu, \"atomic_serial\": %lu, \"barriers\": %lu, "
+         "\"warnings\": %d, \"opcodes\": {",
+         kernel.c_str(), c.warp_instructions, c.thread_instructions, c.load_requests,
+         c.load_sectors, c.store_requests, c.store_sectors, c.shared_requests,
+         c.shared_wavefronts, c.atomic_requests, c.atomic_serial, c.barriers, c.warnings);
+  const char* separator = "";
+  for (const auto& [opcode, count] : c.opcodes) {
+    printf("%s\"%s\": %lu", separator, opcode.c_str(), count);
+    separator = ", ";
+  }
+  printf("}}\n");
   fflush(stdout);
 }
 
-void run(ptxemu::Module& module, const Case& c, size_t shared_limit) {
-  const bool forward = c.direction[0] == 'f';
-  const size_t row_bytes = static_cast<size_t>(c.hidden) * topk_mask::element_bytes(c.dtype);
+void run(const Case& c) {
+  const size_t row_bytes = static_cast<size_t>(c.hidden) * (c.dtype == 0 ? 4 : 2);
   const size_t bits_bytes = static_cast<size_t>(c.hidden + 31) / 32 * 4;
-  ptxemu::clear_regions();
-  Buffer in(c.rows * row_bytes, false), bits(c.rows * bits_bytes, forward);
+  emulator::Device& device = emulator::device();
+  device.clear();
+  Buffer in(c.rows * row_bytes, false), bits(c.rows * bits_bytes, c.forward());
   Buffer out(c.rows * row_bytes, true);
-  FILE* file = fopen(c.input, "rb");
-  if (!file) perror(c.input), exit(2);
+  FILE* file = open(c.input, "rb");
   in.read(file);
-  if (!forward) bits.read(file);
+  if (!c.forward()) bits.read(file);
   fclose(file);
-
-  void *in_at = in.pointer(), *bits_at = bits.pointer(), *out_at = out.pointer();
-  int64_t rows = c.rows;
-  int hidden = c.hidden, k = c.k;
-  const bool aligned = topk_mask::rows_aligned(in_at, out_at, hidden,
-                                               topk_mask::element_bytes(c.dtype));
-  topk_mask::Plan plan =
-      forward ? topk_mask::plan_forward(rows, hidden, c.dtype, aligned, shared_limit)
-              : topk_mask::plan_backward(rows, hidden, c.dtype);
-  void* forward_args[] = {&in_at, &out_at, &bits_at, &rows, &hidden, &k};
-  void* backward_args[] = {&in_at, &bits_at, &out_at, &rows, &hidden, &plan.warps_per_row};
-  ptxemu::Stats stats;
-  const int warnings = ptxemu::warnings;
-  const std::string kernel = kernel_name(c, plan);
-  ptxemu::launch(module, kernel, plan.blocks, 1, plan.threads, plan.shared_bytes,
-                 forward ? forward_args : backward_args, stats);
-  file = fopen(c.output, "wb");
-  if (!file) perror(c.output), exit(2);
+  const int error =
+      c.forward() ? topk_mask_cuda_forward(in.pointer(), out.pointer(), bits.pointer<uint32_t>(),
+                                           c.rows, c.hidden, c.k, c.dtype, c.mode, nullptr)
+                  : topk_mask_cuda_backward(in.pointer(), bits.pointer<uint32_t>(), out.pointer(),
+                                            c.rows, c.hidden, c.dtype, nullptr);
+  if (error) give_up("the launcher refused", (c.direction + (" " + std::to_string(error))).c_str());
+  file = open(c.output, "wb");
   out.write(file);
-  if (forward) bits.write(file);
+  if (c.forward()) bits.write(file);
   fclose(file);
-  print(kernel, stats, ptxemu::warnings - warnings);
+  print(device.kernels, device.counters);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return fprintf(stderr, "usage: driver <ptx file> <shared limit> < cases\n"), 2;
-  ptxemu::Module module;
-  module.load(argv[1]);
+  if (argc < 3) give_up("usage", "driver <shared limit> <program file>... < cases");
+  emulator::device().shared_limit = strtoull(argv[1], nullptr, 0);
+  for (int i = 2; i < argc; ++i) emulator::load_program(argv[i]);
   Case c;
   while (scanf("%15s %d %d %ld %d %d %4095s %4095s", c.direction, &c.dtype, &c.mode, &c.rows,
                &c.hidden, &c.k, c.input, c.output) == 8)
-    run(module, c, strtoull(argv[2], nullptr, 0));
+    run(c);
   return 0;
 }

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from emulated import CSRC, HERE
+from snippets import SnippetRunner
 
 EMULATOR = HERE / "emulator"
 Language = Literal["ptx", "sass"]
+HOST_ARCH = "90"  # of the launcher's host code, which is the same for all
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,53 @@ class Toolchain:
         cubins = [place / f"{source.stem}.cubin" for source in self._sources()]
         return tuple((cubin, cubin.with_suffix(".report").read_text()) for cubin in cubins)
 
-    def _build_driver(self, language: Language, host_arch: str, place: Path) -> None:
-        self.ptx(host_arch)
-        objects = sorted((self._folder / f"ptx_{host_arch}").glob("*.o"))
-        sources = [*sorted(EMULATOR.glob("*.c*")), *sorted((EMULATOR / language).glob("*.cc"))]
+    def _compile_emulator(self, language: Language, place: Path) -> None:
+        sources = [*EMULATOR.glob("*.cc"), *(EMULATOR / language).glob("*.cc")]
+        for source in sources:
+            # fmt: off
+            _run([self._compiler, "-O2", "-std=c++17", "-Wall", "-Wextra", f"-I{EMULATOR}",
+                  "-c", source, "-o", place / f"{source.stem}.o"])
+            # fmt: on
+
+    def _link(self, language: Language, main: str, objects: list[Path], place: Path) -> None:
+        emulator = self._once(
+            f"emulator_{language}", lambda place: self._compile_emulator(language, place)
+        )
         # fmt: off
         _run([self._compiler, "-O2", "-std=c++17", "-Wall", "-Wextra", f"-I{EMULATOR}",
-              f"-I{self._csrc}", *sources, *objects, "-o", place / "driver"])
+              f"-I{self._csrc}", EMULATOR / "programs" / f"{main}.cpp", *objects,
+              *sorted(emulator.glob("*.o")), "-o", place / "driver"])
         # fmt: on
 
+    def operator_driver(self, language: Language) -> Path:
+        """Build what runs the operator's entry points. Their host code is that of HOST_ARCH."""
+        objects = [path.with_suffix(".o") for path in self.ptx(HOST_ARCH)]
+        return (
+            self._once(
+                f"operator_{language}",
+                lambda place: self._link(language, "operator", objects, place),
+            )
+            / "driver"
+        )
+
+    def snippet_driver(self, language: Language) -> Path:
+        """Build what runs a single kernel of a test."""
+        return (
+            self._once(
+                f"snippet_{language}", lambda place: self._link(language, "snippet", [], place)
+            )
+            / "driver"
+        )
+
+    def snippets(self, language: Language, ptx: Path) -> SnippetRunner:
+        """Prepare the kernels of a test's own PTX file."""
+        if language == "ptx":
+            return SnippetRunner(self.snippet_driver(language), ptx)
+        raise NotImplementedError
+
     def ptx_program(self, arch: str) -> Program:
-        """Return what executes an architecture's PTX. The host code is always that of "90"."""
-        place = self._once("driver_ptx", lambda place: self._build_driver("ptx", "90", place))
-        return Program(place / "driver", self.ptx(arch))
+        """Return what executes an architecture's PTX."""
+        return Program(self.operator_driver("ptx"), self.ptx(arch))
 
 
 def disassemble(cuobjdump: str, cubin: Path) -> dict[str, str]:

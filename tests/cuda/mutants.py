@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine_code import find_nvcc
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "topk_megatron" / "ops" / "csrc"
 FAST_BUILD = {"TOPK_EMULATION_OPTIMISATION": "-O0"}  # most mutants die young
@@ -148,7 +150,7 @@ def _first_failure(output: str) -> str:
 
 def _killer(mutated: Path) -> str | None:
     """Return the first test that fails on the mutated sources, or None if all pass."""
-    suites = SUITES if shutil.which("nvcc") else SUITES[:1]
+    suites = SUITES if find_nvcc() else SUITES[:1]
     for suite in suites:
         # fmt: off
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",

@@ -6,30 +6,26 @@ move 8 bytes (a float32 read and written), and 35 in the time to move 4. Below t
 sector moved once, memory limits the kernel.
 """
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC, DTYPES
-from ptx_runner import (
-    PTX_ARCHITECTURES,
+from emulated import DTYPES
+from machine_code import Toolchain, disassemble
+from runner import (
     SECTOR_BYTES,
     Backward,
     Counters,
     Forward,
     Outcome,
-    PtxTools,
     run_cases,
 )
 
 from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
+PTX_ARCHITECTURES = ("80", "90")
 SASS_ARCHITECTURES = ("80", "90", "100")
 INSTRUCTIONS_PER_ELEMENT = {"bfloat16": 35, "float32": 71}
 COUNTED_K = 128
@@ -53,7 +49,7 @@ def check_forward(cases: list[Forward], outcomes: list[Outcome]) -> None:
 @arch_parameter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ptx_equals_the_reference(
-    ptx_tools: PtxTools, arch: str, dtype: str, tmp_path: Path
+    toolchain: Toolchain, arch: str, dtype: str, tmp_path: Path
 ) -> None:
     cases = []
     for hidden in (1, 33, 40, 256, 777, 1024, 2048, 2049, 2304, 4096):
@@ -62,12 +58,12 @@ def test_ptx_equals_the_reference(
             modes = ("value", "abs") if kind in ("normal", "nans") else ("value",)
             for k in sorted({1, (hidden + 15) // 16, (hidden + 1) // 2, hidden}):
                 cases += [Forward(x_RH, k, mode) for mode in modes]
-    check_forward(cases, run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path))
+    check_forward(cases, run_cases(toolchain.ptx_program(arch), cases, tmp_path))
 
 
 @arch_parameter
 def test_ptx_of_backward_equals_the_reference(
-    ptx_tools: PtxTools, arch: str, tmp_path: Path
+    toolchain: Toolchain, arch: str, tmp_path: Path
 ) -> None:
     cases = []
     for dtype in DTYPES.values():
@@ -75,7 +71,7 @@ def test_ptx_of_backward_equals_the_reference(
             x_RH = make_rows("few_distinct", (5, hidden), dtype, seed=hidden)
             bits = topk_mask_reference(x_RH, (hidden + 2) // 3, "value")[1]
             cases.append(Backward(make_rows("random_bits", (5, hidden), dtype, seed=1), bits))
-    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path)
+    outcomes = run_cases(toolchain.ptx_program(arch), cases, tmp_path)
     for case, outcome in zip(cases, outcomes, strict=True):
         kept_RH = unpack_bits(case.bits, case.dy_RH.shape[1])
         expected_RH = torch.where(kept_RH, as_bits(case.dy_RH), 0)
@@ -85,7 +81,7 @@ def test_ptx_of_backward_equals_the_reference(
 
 @pytest.fixture(scope="module")
 def counted(
-    ptx_tools: PtxTools, tmp_path_factory: pytest.TempPathFactory
+    toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int, str], tuple[Forward, Counters]]:
     """Count by (dtype, H, kind) at k = 128, and check the results."""
     keys, cases = [], []
@@ -96,7 +92,7 @@ def counted(
                 keys.append((dtype, hidden, kind))
                 cases.append(Forward(x_RH, COUNTED_K))
     folder = tmp_path_factory.mktemp("counted")
-    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx["90"], cases, folder)
+    outcomes = run_cases(toolchain.ptx_program("90"), cases, folder)
     check_forward(cases, outcomes)
     return {
         key: (case, outcome.counters)
@@ -146,47 +142,25 @@ def test_ties_serialise_neither_banks_nor_atomics(counted: dict, dtype: str, hid
         assert counters.shared_wavefronts <= 1.3 * counters.shared_requests, kind
 
 
-def _compile_cubin(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
-    cubin = folder / f"topk_mask_{arch}.cubin"
-    # fmt: off
-    command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin",
-               str(CSRC / "topk_mask_cuda.cu"), "-o", str(cubin)]
-    # fmt: on
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return cubin, result.stdout + result.stderr
-
-
 @pytest.fixture(scope="module", params=SASS_ARCHITECTURES)
-def cubin(
-    request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """Compile one architecture's machine code; also return ptxas's report about it."""
-    return _compile_cubin(nvcc, request.param, tmp_path_factory.mktemp("cubin"))
+def cubins(request: pytest.FixtureRequest, toolchain: Toolchain) -> tuple[tuple[Path, str], ...]:
+    """Compile one architecture's machine code; also return ptxas's reports about it."""
+    return toolchain.cubins(request.param)
 
 
-def test_no_kernel_spills_registers(cubin: tuple[Path, str]) -> None:
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", cubin[1])
+def test_no_kernel_spills_registers(cubins: tuple[tuple[Path, str], ...]) -> None:
+    reports = "".join(report for _, report in cubins)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", reports)
     assert len(spills) == 3 * 2 * 5 + 2, "a kernel is missing from ptxas's report"
     assert set(spills) == {("0", "0")}
 
 
-def find_cuobjdump() -> str | None:
-    """Find TOPK_CUOBJDUMP, the one on PATH, or the one that torch's dependency triton ships."""
-    found = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(shipped) if shipped.exists() else None
-    return found
-
-
-def test_rows_move_by_128_bit_accesses(cubin: tuple[Path, str]) -> None:
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
-    command = [cuobjdump, "-sass", str(cubin[0])]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+def test_rows_move_by_128_bit_accesses(
+    cubins: tuple[tuple[Path, str], ...], cuobjdump: str
+) -> None:
+    bodies = {}
+    for cubin, _ in cubins:
+        bodies |= disassemble(cuobjdump, cubin)
     for kernel, body in bodies.items():
         loads, stores = re.findall(r"LDG\.\S+", body), re.findall(r"STG\.\S+", body)
         assert any(".128" in load for load in loads), kernel

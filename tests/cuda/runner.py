@@ -1,39 +1,34 @@
-"""Runs cases in the PTX emulator (`emulator/driver.cpp`) and reads back tensors and counters."""
+"""Runs cases in an emulator (`emulator/driver.cpp`) and reads back tensors and counters."""
 
 import json
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from emulated import DTYPE_CODES, MODE_CODES
+from machine_code import Program
 from torch import Tensor
 
 from topk_megatron.ops.reference import WORD_BITS
 
 SECTOR_BYTES = 32
 WARP_LANES = 32
-PTX_ARCHITECTURES = ("80", "90")
-RESIDENT_BLOCKS = 1  # that run at a time: they take turns on more rows than they have
-
-
-@dataclass(frozen=True)
-class PtxTools:
-    """The driver linked with the emulator, and the PTX of each architecture."""
-
-    driver: Path
-    ptx: dict[str, Path]
+MULTIPROCESSORS = 1  # of the emulated device: blocks take turns on rows
 
 
 @dataclass(frozen=True)
 class Counters:
-    """The emulator's counters for one launch."""
+    """The emulator's counters for one launch; `opcodes` counts warp instructions by name."""
 
     kernel: str
     warp_instructions: int
     thread_instructions: int
+    load_requests: int
     load_sectors: int
+    store_requests: int
     store_sectors: int
     shared_requests: int
     shared_wavefronts: int
@@ -41,6 +36,7 @@ class Counters:
     atomic_serial: int
     barriers: int
     warnings: int
+    opcodes: dict[str, int] = field(default_factory=dict)
 
     def per_element(self, x_RH: Tensor) -> float:
         """Return issue slots per element: a warp instruction costs 32, whatever its lanes."""
@@ -103,22 +99,20 @@ def _outcome(index: int, case: Forward | Backward, folder: Path, line: str) -> O
     return Outcome(out_RH, bits, Counters(**json.loads(line)))
 
 
-def run_cases(
-    driver: Path, ptx: Path, cases: list[Forward | Backward], folder: Path
-) -> list[Outcome]:
+def run_cases(program: Program, cases: Sequence[Forward | Backward], folder: Path) -> list[Outcome]:
     """Run all cases in one process.
 
     Raises:
         RuntimeError: the emulator stopped or warned; the message has its output.
     """
     lines = "".join(_case_line(i, case, folder) for i, case in enumerate(cases))
-    command = [str(driver), str(ptx), str(RESIDENT_BLOCKS)]
+    command = [str(program.driver), str(MULTIPROCESSORS), *map(str, program.files)]
     result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr}")
     reports = result.stdout.splitlines()
     if result.stderr:
-        raise RuntimeError(f"the PTX emulator warned:\n{result.stderr}")
+        raise RuntimeError(f"the emulator warned:\n{result.stderr}")
     return [
         _outcome(i, case, folder, report)
         for i, (case, report) in enumerate(zip(cases, reports, strict=True))

@@ -1,0 +1,424 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+
+namespace emulator::ptx {
+
+namespace {
+constexpr uint64_t kOffsetBits = kSharedWindow - 1;
+std::map<std::string, Kernel> kernels;
+}  // namespace
+
+Machine::Machine(const Kernel& kernel, const Launch& launch, const GlobalMemory& memory,
+                 Counters& counters)
+    : kernel_(kernel), launch_(launch), memory_(memory), counters_(counters), seed_(launch.seed) {
+  parameters_.assign(kernel.parameter_bytes + 16, 0);
+  for (size_t i = 0; i < kernel.parameters.size(); ++i)
+    memcpy(&parameters_[kernel.parameters[i].first], launch.arguments[i],
+           kernel.parameters[i].second);
+  warps_.resize((launch.block.count() + kWarpLanes - 1) / kWarpLanes);
+  executed_.assign(kernel.code.size(), 0);
+}
+
+// ---- Operands -----------------------------------------------------------------------------------
+
+uint64_t Machine::special(Special name, int lane) const {
+  const unsigned thread = warp_->index * kWarpLanes + lane;
+  const Dim &block = launch_.block, &grid = launch_.grid;
+  switch (name) {
+    case Special::kTidX: return thread % block.x;
+    case Special::kTidY: return thread / block.x % block.y;
+    case Special::kTidZ: return thread / block.x / block.y;
+    case Special::kNtidX: return block.x;
+    case Special::kNtidY: return block.y;
+    case Special::kNtidZ: return block.z;
+    case Special::kCtaidX: return block_index_.x;
+    case Special::kCtaidY: return block_index_.y;
+    case Special::kCtaidZ: return block_index_.z;
+    case Special::kNctaidX: return grid.x;
+    case Special::kNctaidY: return grid.y;
+    case Special::kNctaidZ: return grid.z;
+    case Special::kLaneid: return lane;
+    case Special::kWarpid: return warp_->index;
+    case Special::kNwarpid: return warps_.size();
+    case Special::kSmid: return 0;
+    case Special::kNsmid: return 1;
+    case Special::kMaskEq: return 1u << lane;
+    case Special::kMaskLt: return (1u << lane) - 1;
+    case Special::kMaskLe: return (2u << lane) - 1;
+    case Special::kMaskGt: return ~((2u << lane) - 1);
+    case Special::kMaskGe: return ~((1u << lane) - 1);
+    case Special::kClock: return clock_;
+    case Special::kDynamicShared: return launch_.shared_bytes;
+    case Special::kTotalShared: return shared_.size();
+  }
+  return 0;
+}
+
+uint64_t Machine::get(const Operand& operand, int lane) const {
+  switch (operand.place) {
+    case Place::kRegister: {
+      const uint64_t value = warp_->registers[operand.reg * kWarpLanes + lane];
+      return operand.negated ? !value : value;
+    }
+    case Place::kImmediate:
+    case Place::kShared:
+    case Place::kParameter: return operand.value;
+    case Place::kSpecial: return special(static_cast<Special>(operand.value), lane);
+    case Place::kVector: {
+      const int bits = now_->type.bits / static_cast<int>(operand.parts.size());
+      uint64_t value = 0;
+      for (size_t i = 0; i < operand.parts.size(); ++i)
+        value |= (get(operand.parts[i], lane) & low_bits(bits)) << (bits * i);
+      return value;
+    }
+    default: fail("operand cannot be read", lane);
+  }
+}
+
+void Machine::set_register(int reg, int lane, uint64_t value) {
+  warp_->registers[reg * kWarpLanes + lane] = value & low_bits(kernel_.register_bits[reg]);
+}
+
+void Machine::set(const Operand& operand, int lane, uint64_t value) {
+  if (operand.place == Place::kRegister) {
+    set_register(operand.reg, lane, value);
+  } else if (operand.place == Place::kVector) {
+    const int bits = now_->type.bits / static_cast<int>(operand.parts.size());
+    for (size_t i = 0; i < operand.parts.size(); ++i)
+      set(operand.parts[i], lane, value >> (bits * i) & low_bits(bits));
+  }
+}
+
+// ---- Messages -----------------------------------------------------------------------------------
+
+std::string Machine::where(int lane) const {
+  std::ostringstream text;
+  text << kernel_.name << ": block " << block_index_.x << " warp " << warp_->index << " lane "
+       << lane << ": ";
+  return text.str();
+}
+
+void Machine::fail(const std::string& message, int lane) const {
+  stop(where(lane) + message + "\n    " + now_->text +
+       (now_->line ? "   line " + std::to_string(now_->line) : ""));
+}
+
+void Machine::warn(const std::string& message, int lane) {
+  counters_.warn(where(lane) + message + "\n    " + now_->text +
+                 (now_->line ? "   line " + std::to_string(now_->line) : ""));
+}
+
+// ---- Memory -------------------------------------------------------------------------------------
+
+uint64_t Machine::address(const Operand& operand, int lane) const {
+  if (operand.base != Place::kRegister) return operand.value;
+  const uint64_t base = warp_->registers[operand.reg * kWarpLanes + lane];
+  return (base + operand.value) & low_bits(kernel_.register_bits[operand.reg]);
+}
+
+Space Machine::resolve(Space space, uint64_t address) const {
+  if (space != Space::kGeneric) return space;
+  return address & kSharedWindow  ? Space::kShared
+         : address & kLocalWindow ? Space::kLocal
+                                  : Space::kGlobal;
+}
+
+uint8_t* Machine::at(Space space, uint64_t address, int bytes, Access access, int lane) {
+  space = resolve(space, address);
+  if (space == Space::kGlobal) {
+    const char* fault = memory_.fault(address, bytes, access != Access::kRead);
+    if (fault) fail(fault, lane);
+    return reinterpret_cast<uint8_t*>(address);
+  }
+  if (address % bytes) fail("misaligned access of " + std::to_string(bytes) + " bytes", lane);
+  if (space == Space::kShared) {
+    address &= kOffsetBits;
+    if (address + bytes > shared_.size()) fail("shared address out of range", lane);
+    const std::string wrong = shared_.touch(address, bytes, access, warp_->index);
+    if (!wrong.empty()) warn(wrong, lane);
+    return shared_.data() + address;
+  }
+  if (space == Space::kParameter) {
+    if (address + bytes > parameters_.size()) fail("parameter address out of range", lane);
+    return &parameters_[address];
+  }
+  address &= kOffsetBits;
+  if (address + bytes > static_cast<uint64_t>(kernel_.local_bytes))
+    fail("local address out of range", lane);
+  const size_t thread = warp_->index * kWarpLanes + lane;
+  return &local_[thread * kernel_.local_bytes + address];
+}
+
+void Machine::copy_async(uint32_t lanes) {
+  const auto& operands = now_->operands;
+  uint64_t from[kWarpLanes];
+  int bytes = 0;
+  each(lanes, [&](int lane) {
+    bytes = get(operands[2], lane);
+    const int read = operands.size() > 3 ? get(operands[3], lane) : bytes;
+    const uint64_t to = address(operands[0], lane) & kOffsetBits;
+    from[lane] = address(operands[1], lane);
+    if (bytes != 4 && bytes != 8 && bytes != 16) fail("copies have 4, 8 or 16 bytes", lane);
+    if (to % bytes || from[lane] % bytes) fail("misaligned asynchronous copy", lane);
+    if (to + bytes > shared_.size()) fail("shared address out of range", lane);
+    const char* fault = read ? memory_.fault(from[lane], bytes, false) : nullptr;
+    if (fault) fail(fault, lane);
+    const std::string wrong = shared_.promise(to, bytes, warp_->index);
+    if (!wrong.empty()) warn(wrong, lane);
+    warp_->copies.push_back(
+        {to, from[lane], bytes, std::min(read, bytes), lane, warp_->open_group[lane]});
+  });
+  if (lanes) counters_.count_global(lanes, from, bytes, false);
+}
+
+void Machine::commit_async(uint32_t lanes) {
+  each(lanes, [&](int lane) { ++warp_->open_group[lane]; });
+}
+
+// Copies what belongs to all but the last `allowed_groups` groups of these lanes; -1 is everything.
+void Machine::wait_async(uint32_t lanes, int allowed_groups) {
+  auto& copies = warp_->copies;
+  const auto arrives = [&](const AsyncCopy& copy) {
+    const int last = warp_->open_group[copy.lane] - allowed_groups - 1;
+    return lanes >> copy.lane & 1 && copy.group <= last;
+  };
+  for (const AsyncCopy& copy : copies) {
+    if (!arrives(copy)) continue;
+    const std::string wrong =
+        shared_.touch(copy.to, copy.bytes, Access::kWrite, warp_->index);
+    if (!wrong.empty()) warn(wrong, copy.lane);
+    memset(shared_.data() + copy.to, 0, copy.bytes);
+    memcpy(shared_.data() + copy.to, reinterpret_cast<uint8_t*>(copy.from), copy.read_bytes);
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(), arrives), copies.end());
+}
+
+// ---- Control ------------------------------------------------------------------------------------
+
+uint32_t Machine::live_lanes() const {
+  uint32_t live = 0;
+  for (int lane = 0; lane < kWarpLanes; ++lane)
+    if (warp_->state[lane] != State::kDone) live |= 1u << lane;
+  return live;
+}
+
+void Machine::branch(uint32_t lanes) {
+  advance_ = false;
+  each(here_, [&](int lane) {
+    warp_->pc[lane] = lanes >> lane & 1 ? now_->target : warp_->pc[lane] + 1;
+  });
+  if (lanes && lanes != here_) ++counters_.divergent_branches;
+}
+
+void Machine::leave(uint32_t lanes) {
+  each(lanes, [&](int lane) {
+    warp_->state[lane] = State::kDone;
+    --live_threads_;
+  });
+  complete_after_exit();
+}
+
+// Threads that left count as arrived at a barrier of the whole block.
+void Machine::complete_after_exit() {
+  for (Barrier& barrier : barriers_) {
+    if (barrier.expected || !barrier.arrived || barrier.arrived != live_threads_) continue;
+    warn("some threads left the kernel before a barrier", 0);
+    complete_barrier(barrier);
+  }
+}
+
+void Machine::barrier(uint32_t lanes) {
+  const auto& operands = now_->operands;
+  const bool reduces = now_->has("red");
+  const size_t first = reduces ? 1 : 0, count = operands.size() - reduces;
+  if (!lanes) return;
+  const int any = __builtin_ctz(lanes);
+  const uint64_t id = count > first ? get(operands[first], any) : 0;
+  if (id >= 16) fail("a barrier's number is below 16", any);
+  Barrier& barrier = barriers_[id];
+  const unsigned expected = count > first + 1 ? get(operands[first + 1], any) : 0;
+  if (expected % kWarpLanes) fail("a barrier's thread count is a multiple of the warp's", any);
+  if (barrier.arrived && barrier.expected != expected) fail("barrier with another count", any);
+  barrier.expected = expected;
+  if (here_ != live_lanes() || lanes != here_) warn("barrier in divergent code", any);
+  if (reduces)
+    each(lanes, [&](int lane) { barrier.true_count += get(operands.back(), lane) & 1; });
+  join_barrier(barrier, lanes, !now_->has("arrive"));
+}
+
+void Machine::join_barrier(Barrier& barrier, uint32_t lanes, bool waits) {
+  shared_.release(warp_->index, barrier.clock);
+  if (waits) {
+    advance_ = false;
+    barrier.warps |= 1ull << warp_->index;
+    const int pc = now_ - kernel_.code.data();
+    if (barrier.pc >= 0 && barrier.pc != pc && !barrier.expected)
+      fail("barrier reached at different instructions", __builtin_ctz(lanes));
+    barrier.pc = pc;
+    each(lanes, [&](int lane) { warp_->state[lane] = State::kAtBarrier; });
+    each(here_ & ~lanes, [&](int lane) { ++warp_->pc[lane]; });
+  }
+  barrier.arrived += __builtin_popcount(lanes);
+  if (barrier.arrived == (barrier.expected ? barrier.expected : live_threads_))
+    complete_barrier(barrier);
+}
+
+void Machine::set_barrier_result(const Barrier& barrier, int lane) {
+  const bool all = barrier.true_count == barrier.arrived;
+  const uint64_t result = now_->has("popc")  ? barrier.true_count
+                          : now_->has("and") ? all
+                                             : barrier.true_count > 0;
+  set(now_->operands[0], lane, result);
+}
+
+void Machine::complete_barrier(Barrier& barrier) {
+  const size_t number = &barrier - barriers_;
+  ++counters_.barriers;
+  Warp* const caller = warp_;
+  const Instruction* const instruction = now_;
+  for (Warp& warp : warps_) {
+    if (!(barrier.warps >> warp.index & 1)) continue;
+    shared_.acquire(warp.index, barrier.clock);
+    warp_ = &warp;
+    for (int lane = 0; lane < kWarpLanes; ++lane) {
+      if (warp.state[lane] != State::kAtBarrier) continue;
+      now_ = &kernel_.code[warp.pc[lane]];
+      const size_t first = now_->has("red") ? 1 : 0;
+      const bool named = now_->operands.size() > first;
+      if ((named ? get(now_->operands[first], lane) : 0) != number) continue;
+      if (first) set_barrier_result(barrier, lane);
+      warp.state[lane] = State::kReady;
+      ++warp.pc[lane];
+    }
+  }
+  warp_ = caller;
+  now_ = instruction;
+  barrier = Barrier();
+}
+
+void Machine::check_warp_mask(uint32_t lanes) {
+  const uint32_t live = live_lanes();
+  each(lanes, [&](int lane) {
+    const uint32_t mask = get(now_->operands.back(), lane);
+    if (!(mask >> lane & 1)) fail("the calling lane is not in its own mask", lane);
+    if (mask & ~live) warn("the mask names lanes that have left the kernel", lane);
+  });
+}
+
+// An operation of several lanes happens once all lanes of the mask are at it.
+bool Machine::warp_operation(uint32_t lanes) {
+  if (!lanes) return false;
+  check_warp_mask(lanes);
+  const int any = __builtin_ctz(lanes);
+  const uint32_t mask = get(now_->operands.back(), any) & live_lanes();
+  if (!(mask & ~here_)) return true;
+  bool others_run = false;
+  for (int lane = 0; lane < kWarpLanes; ++lane)
+    others_run |= warp_->state[lane] == State::kReady && !(here_ >> lane & 1);
+  if (!others_run) fail("lanes of the mask never arrive (divergent)", any);
+  each(lanes, [&](int lane) { warp_->state[lane] = State::kAtWarpOperation; });
+  advance_ = false;
+  return false;
+}
+
+bool Machine::step(Warp& warp) {
+  warp_ = &warp;
+  int pc = 1 << 30;
+  for (int lane = 0; lane < kWarpLanes; ++lane)
+    if (warp.state[lane] == State::kReady) pc = std::min(pc, warp.pc[lane]);
+  if (pc == 1 << 30) return false;
+  here_ = 0;
+  for (int lane = 0; lane < kWarpLanes; ++lane)
+    if (warp.state[lane] == State::kReady && warp.pc[lane] == pc) here_ |= 1u << lane;
+  now_ = &kernel_.code[pc];
+  uint32_t lanes = here_;
+  if (now_->predicate >= 0)
+    each(here_, [&](int lane) {
+      const bool value = warp.registers[now_->predicate * kWarpLanes + lane];
+      if (value == now_->predicate_negated) lanes &= ~(1u << lane);
+    });
+  ++counters_.warp_instructions;
+  counters_.thread_instructions += __builtin_popcount(lanes);
+  ++executed_[pc];
+  ++clock_;
+  advance_ = true;
+  now_->handler(*this, *now_, lanes);
+  if (advance_)
+    each(here_, [&](int lane) {
+      if (warp.state[lane] == State::kReady) warp.pc[lane] = pc + 1;
+    });
+  // Lanes that wait for others at a warp operation look again once something has moved.
+  if (warp.state[__builtin_ctz(here_)] != State::kAtWarpOperation)
+    for (State& state : warp.state)
+      if (state == State::kAtWarpOperation) state = State::kReady;
+  return true;
+}
+
+void Machine::start_block(Dim index) {
+  block_index_ = index;
+  live_threads_ = launch_.block.count();
+  shared_.start_block(kernel_.shared_bytes + launch_.shared_bytes, warps_.size());
+  local_.assign(live_threads_ * static_cast<size_t>(kernel_.local_bytes), 0xcd);
+  for (Barrier& barrier : barriers_) barrier = Barrier();
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    Warp& warp = warps_[w];
+    warp.index = w;
+    warp.registers.assign(kernel_.register_bits.size() * kWarpLanes, 0);
+    warp.copies.clear();
+    for (int lane = 0; lane < kWarpLanes; ++lane) {
+      warp.pc[lane] = warp.open_group[lane] = 0;
+      warp.state[lane] = w * kWarpLanes + lane < live_threads_ ? State::kReady : State::kDone;
+    }
+  }
+}
+
+// Each warp runs as far as it goes, in a random order of warps.
+void Machine::run_block() {
+  std::vector<Warp*> order;
+  for (Warp& warp : warps_) order.push_back(&warp);
+  for (size_t i = order.size(); i-- > 1;) {
+    seed_ = seed_ * 1664525u + 1013904223u;
+    std::swap(order[i], order[(seed_ >> 8) % (i + 1)]);
+  }
+  while (live_threads_) {
+    bool moved = false;
+    for (Warp* warp : order)
+      while (step(*warp)) moved = true;
+    if (!moved && live_threads_) fail("deadlock", 0);
+  }
+}
+
+void Machine::run() {
+  Dim index;
+  for (index.z = 0; index.z < launch_.grid.z; ++index.z)
+    for (index.y = 0; index.y < launch_.grid.y; ++index.y)
+      for (index.x = 0; index.x < launch_.grid.x; ++index.x) {
+        start_block(index);
+        run_block();
+      }
+  for (size_t pc = 0; pc < executed_.size(); ++pc)
+    if (executed_[pc]) counters_.opcodes[kernel_.code[pc].name] += executed_[pc];
+}
+
+}  // namespace emulator::ptx
+
+namespace emulator {
+
+void load_program(const std::string& file) {
+  std::ifstream stream(file);
+  if (!stream) stop("cannot open " + file);
+  std::stringstream text;
+  text << stream.rdbuf();
+  ptx::parse(text.str(), ptx::kernels);
+}
+
+void run_kernel(const Launch& launch, const GlobalMemory& memory, Counters& counters) {
+  const auto kernel = ptx::kernels.find(launch.kernel);
+  if (kernel == ptx::kernels.end()) stop("there is no kernel " + launch.kernel);
+  ptx::Machine(kernel->second, launch, memory, counters).run();
+}
+
+}  // namespace emulator

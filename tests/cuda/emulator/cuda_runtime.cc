@@ -140,7 +140,8 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
   return emulator::kSuccess;
 }
 // One block at a time, so that a persistent grid has fewer blocks than there is work for.
-int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t,
+                                                           unsigned) {
   *blocks = 1;
   return emulator::kSuccess;
 }

@@ -49,6 +49,11 @@ TOPK_INLINE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// The bits of a where the mask is set, of b elsewhere.
+TOPK_INLINE uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
+  return (a & mask) | (b & ~mask);
+}
+
 // bits += weight and kept = raw where x > bound or x is a NaN, else kept = 0. `bits` is a float
 // whose mantissa holds an integer: the sum then occupies the FMA pipe and not the crowded ALU.
 TOPK_INLINE void keep_if_above(float& bits, float weight, uint32_t& kept, uint32_t raw, float x,
@@ -165,6 +170,7 @@ struct HalfFormat {
                                           kDtype == 1 ? 0x3f80 : 0x3c00, 1 << kMantissaBits};
   // Fills slots past the row's end: never above a bound, and the last to be tied.
   static constexpr uint32_t kPad = kAbs ? 0 : (0x8000u | kInfinity) * 0x10001u;
+  static constexpr uint32_t kPositiveInfinity = kInfinity * 0x10001u;
 
   TOPK_INLINE static uint32_t bound_of(int order) {  // in both halves
     return ((order ^ (order >> 31 & 0x7fff)) & 0xffffu) * 0x10001u;
@@ -191,6 +197,47 @@ struct HalfFormat {
     return by_halves(word, value, [](float x, float y) { return x == y; });
 #endif
   }
+
+  // The smaller and the larger of two, in each half. A NaN loses.
+  TOPK_INLINE static uint32_t smaller(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    uint32_t out;
+    if (kDtype == 1) {
+      asm("min.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    } else {
+      asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    }
+    return out;
+#else
+    return select(by_halves(a, b, [](float x, float y) { return y != y || x < y; }), a, b);
+#endif
+  }
+  TOPK_INLINE static uint32_t larger(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    uint32_t out;
+    if (kDtype == 1) {
+      asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    } else {
+      asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    }
+    return out;
+#else
+    return select(by_halves(a, b, [](float x, float y) { return y != y || x > y; }), a, b);
+#endif
+  }
+  // The order of a number. For both zeros it is that of -0, below which there is no zero.
+  TOPK_INLINE static int order_of(uint32_t half) {
+    return half == 0 ? -1 : half & 0x8000u ? static_cast<int>(half ^ 0xffff7fffu) : static_cast<int>(half);
+  }
+  TOPK_INLINE static int smallest_order(uint32_t word) {
+    const int low = order_of(word & 0xffffu), high = order_of(word >> 16);
+    return low < high ? low : high;
+  }
+  TOPK_INLINE static int largest_order(uint32_t word) {
+    const int low = order_of(word & 0xffffu), high = order_of(word >> 16);
+    return low > high ? low : high;
+  }
+  TOPK_INLINE static uint32_t compared(uint32_t word) { return kAbs ? word & 0x7fff7fffu : word; }
 
   TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
     const uint32_t magnitude = word & 0x7fff7fffu;
@@ -250,21 +297,31 @@ struct Format<0, kAbsolute> {
   static constexpr OrderLimits kOrders = {kAbs ? -2 : -kInfinity - 2, kInfinity + 1, 0x3f800000,
                                           1 << 23};
   static constexpr uint32_t kPad = kAbs ? 0 : 0xff800000u;
+  static constexpr uint32_t kPositiveInfinity = kInfinity;
 
   TOPK_INLINE static uint32_t bound_of(int order) {
     return static_cast<uint32_t>(order ^ (order >> 31 & 0x7fffffff));
   }
   // The order of a number. For both zeros it is that of -0, below which there is no zero.
-  TOPK_INLINE static int order_of(float x) {
-    const int bits = static_cast<int>(as_word(x));
+  TOPK_INLINE static int order_of(uint32_t word) {
+    const int bits = static_cast<int>(word);
     return bits == 0 ? -1 : bits ^ (bits >> 31 & 0x7fffffff);
   }
-
-  TOPK_INLINE static float compared(uint32_t word) {
-    return kAbs ? fabsf(as_float(word)) : as_float(word);
+  TOPK_INLINE static int smallest_order(uint32_t word) { return order_of(word); }
+  TOPK_INLINE static int largest_order(uint32_t word) { return order_of(word); }
+  TOPK_INLINE static uint32_t smaller(uint32_t a, uint32_t b) {
+    return as_word(fminf(as_float(a), as_float(b)));
   }
-  TOPK_INLINE static uint32_t equal(uint32_t word, uint32_t value) {  // a mask, as for halves
-    return compared(word) == as_float(value) ? 0xffffffffu : 0;
+  TOPK_INLINE static uint32_t larger(uint32_t a, uint32_t b) {
+    return as_word(fmaxf(as_float(a), as_float(b)));
+  }
+
+  TOPK_INLINE static uint32_t compared(uint32_t word) { return kAbs ? word & 0x7fffffffu : word; }
+  TOPK_INLINE static uint32_t above(uint32_t word, uint32_t bound) {  // masks, as for halves
+    return !(as_float(compared(word)) <= as_float(bound)) ? 0xffffffffu : 0;
+  }
+  TOPK_INLINE static uint32_t equal(uint32_t word, uint32_t value) {
+    return as_float(compared(word)) == as_float(value) ? 0xffffffffu : 0;
   }
   TOPK_INLINE static uint32_t not_a_number(uint32_t word) {
     return (word & 0x7fffffffu) > kInfinity ? 0xffffffffu : 0;
@@ -297,7 +354,7 @@ struct Format<0, kAbsolute> {
     }
     return one;
 #else
-    return !(compared(word) <= as_float(bound));
+    return !(as_float(compared(word)) <= as_float(bound));
 #endif
   }
   TOPK_INLINE static float one_if_equal(uint32_t word, uint32_t value) {
@@ -311,7 +368,7 @@ struct Format<0, kAbsolute> {
     }
     return one;
 #else
-    return compared(word) == as_float(value);
+    return as_float(compared(word)) == as_float(value);
 #endif
   }
 };

@@ -32,6 +32,9 @@ class Team {
   TOPK_INLINE uint32_t min(uint32_t of_warp) {
     return kOneWarp ? of_warp : __reduce_min_sync(kFullWarp, exchange(of_warp, 0xffffffffu));
   }
+  TOPK_INLINE uint32_t max(uint32_t of_warp) {
+    return kOneWarp ? of_warp : __reduce_max_sync(kFullWarp, exchange(of_warp, 0));
+  }
   TOPK_INLINE uint32_t sum_of_warps_before(uint32_t of_warp) {
     if (kOneWarp) return 0;
     const uint32_t value = exchange(of_warp, 0);

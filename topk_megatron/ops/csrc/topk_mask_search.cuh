@@ -29,11 +29,6 @@ TOPK_INLINE Forecast cold_forecast(uint32_t hidden) {
 
 // After this many counts, halving takes turns with interpolation, which then bounds their number.
 constexpr int kInterpolations = 6;
-// A few distinct float32 values are far apart in orders. From here on, bounds jump to values that
-// occur.
-constexpr int kCountsBeforeJump = 8;
-constexpr int kCountsBetweenJumps = 4;
-
 // The orders between which the k-th largest value lies: at least k elements are above `low`, and
 // fewer than k are above `high`. So it is `high` itself where the two are neighbours.
 struct Bracket {
@@ -72,22 +67,31 @@ TOPK_INLINE int next_order(const Bracket& bracket, uint32_t k, int counts, bool 
   return static_cast<int>(static_cast<uint32_t>(bracket.low) + step);  // as words: it may not fit
 }
 
-// The value next above the bracket's lower end. Only for float32: others have few orders.
+// Moves the end of the bracket at which the last bound was to the next value that occurs. Rows with
+// few distinct values have wide gaps, in which interpolation and halving would find nothing.
 template <class Fmt, bool kOneWarp, class Chunks>
-TOPK_INLINE int order_next_above(Team<kOneWarp>& team, const Chunks& chunks, int low) {
-  constexpr uint32_t kSign = 0x80000000u;
-  const float bound = as_float(Fmt::bound_of(low));
-  float smallest = as_float(static_cast<uint32_t>(Fmt::kInfinity));
-  chunks.for_each([&](uint32_t, int, const uint32_t(&raw)[4]) {
+TOPK_INLINE void jump_over_gap(Team<kOneWarp>& team, const Chunks& chunks, bool at_low,
+                               Bracket& bracket) {
+  constexpr uint32_t kSign = 0x80000000u;  // turns orders into unsigned words in the same order
+  const uint32_t bound = Fmt::bound_of(at_low ? bracket.low : bracket.high);
+  uint32_t nearest = at_low ? Fmt::kPositiveInfinity : Fmt::kPad;
+  chunks.for_each_read([&](uint32_t, int, const uint32_t(&raw)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float x = Fmt::compared(raw[i]);
-      if (!(x <= bound) && x < smallest) smallest = x;  // the lowest bound is a NaN
+      const uint32_t above = Fmt::above(raw[i], bound), value = Fmt::compared(raw[i]);
+      nearest = at_low ? Fmt::smaller(nearest, select(above, value, Fmt::kPositiveInfinity))
+                       : Fmt::larger(nearest, select(above, Fmt::kPad, value));
     }
   });
-  // Orders as unsigned words in the same order.
-  const uint32_t of_lane = static_cast<uint32_t>(Fmt::order_of(smallest)) ^ kSign;
-  return static_cast<int>(team.min(__reduce_min_sync(kFullWarp, of_lane)) ^ kSign);
+  if (at_low) {
+    const uint32_t of_lane = static_cast<uint32_t>(Fmt::smallest_order(nearest)) ^ kSign;
+    const uint32_t of_row = team.min(__reduce_min_sync(kFullWarp, of_lane));
+    bracket.low = static_cast<int>(of_row ^ kSign) - 1;
+  } else {
+    const uint32_t of_lane = static_cast<uint32_t>(Fmt::largest_order(nearest)) ^ kSign;
+    const uint32_t of_row = team.max(__reduce_max_sync(kFullWarp, of_lane));
+    bracket.high = static_cast<int>(of_row ^ kSign);
+  }
 }
 
 // The threshold for exactly k of the row's elements.
@@ -101,6 +105,7 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
     const uint32_t above = team.sum(chunks.count_above(Fmt::bound_of(found.order)));
     if (above == k) break;  // no ties
     const bool at_low = above > k;
+    const bool in_gap = above == (at_low ? bracket.above_low : bracket.above_high);
     if (at_low) {
       bracket.low = found.order;
       bracket.above_low = above;
@@ -112,16 +117,15 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
       const float missed = static_cast<float>(at_low ? above - k : k - above);
       reach = floor_to_word(forecast.orders_per_element * missed * 1.25f) + 1;
     }
+    const bool jumps = in_gap && (counts <= 2 || counts > kInterpolations);
+    if (jumps) jump_over_gap<Fmt>(team, chunks, at_low, bracket);
     if (bracket.width() == 1) {
       found = {bracket.high, k - bracket.above_high};
       break;
     }
-    found.order = next_order<Fmt>(bracket, k, counts, at_low, reach);
-    if constexpr (Fmt::kWide) {
-      if (counts < kCountsBeforeJump || counts % kCountsBetweenJumps != 0) continue;
-      found.order = order_next_above<Fmt>(team, chunks, bracket.low);
-      bracket.low = found.order - 1;
-    }
+    found.order = !jumps   ? next_order<Fmt>(bracket, k, counts, at_low, reach)
+                  : at_low ? bracket.low + 1
+                           : bracket.high - 1;
   }
   if (is_closed<Fmt>(bracket)) forecast.orders_per_element = bracket.orders_per_element();
   forecast.order = found.order < Fmt::kOrders.top ? found.order : found.order - 1;

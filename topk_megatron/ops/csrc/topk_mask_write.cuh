@@ -111,8 +111,8 @@ TOPK_INLINE uint32_t keep_above(const uint32_t (&raw)[4], uint32_t bound, uint32
     float bits = kCounter;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      keep_if_above(bits, static_cast<float>(1 << i), kept[i], raw[i], Fmt::compared(raw[i]),
-                    as_float(bound));
+      keep_if_above(bits, static_cast<float>(1 << i), kept[i], raw[i],
+                    as_float(Fmt::compared(raw[i])), as_float(bound));
     return as_word(bits);
   } else {
     uint32_t bits = 0;

@@ -174,6 +174,20 @@ void Machine::copy_async(uint32_t lanes) {
   if (lanes) counters_.count_global(lanes, from, bytes, false);
 }
 
+// A hint, but one that must name memory that exists: in a GPU, a wrong address is a fault.
+void Machine::prefetch_bulk(uint32_t lanes) {
+  constexpr uint64_t kGranule = 16;
+  each(lanes, [&](int lane) {
+    const uint64_t from = address(now_->operands[0], lane);
+    const uint64_t bytes = get(now_->operands[1], lane) & 0xffffffffu;
+    if (from % kGranule || bytes % kGranule) fail("misaligned bulk prefetch", lane);
+    for (uint64_t at = from; at < from + bytes; at += kGranule) {
+      const char* fault = memory_.fault(at, kGranule, false);
+      if (fault) fail(fault, lane);
+    }
+  });
+}
+
 void Machine::commit_async(uint32_t lanes) {
   each(lanes, [&](int lane) { ++warp_->open_group[lane]; });
 }

@@ -64,6 +64,7 @@ class Machine {
   void barrier(uint32_t lanes);
   bool warp_operation(uint32_t lanes);  // whether all lanes of the mask are here
   void copy_async(uint32_t lanes);
+  void prefetch_bulk(uint32_t lanes);
   void wait_async(uint32_t lanes, int allowed_groups);
   void commit_async(uint32_t lanes);
   Counters& counters() { return counters_; }

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from machine_code import Toolchain
+from machine_code import Language, Toolchain
 from snippets import (
     FORMATS,
     THREADS,
@@ -29,19 +29,22 @@ RELATIONS = (*ORDERED, *UNORDERED, "num", "nan")
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
-@pytest.fixture(scope="module", params=["ptx"])
-def language(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["ptx", "sass"])
+def language(request: pytest.FixtureRequest) -> Language:
     return request.param
 
 
 @pytest.fixture
-def compiled(language: str, toolchain: Toolchain, tmp_path: Path) -> Run:
+def compiled(
+    language: Language, toolchain: Toolchain, tmp_path: Path, request: pytest.FixtureRequest
+) -> Run:
     """Return a function that prepares snippets for execution."""
+    cuobjdump = request.getfixturevalue("cuobjdump") if language == "sass" else None
 
     def prepare(bodies: dict[str, str], declarations: str = "") -> SnippetRunner:
         ptx = tmp_path / "snippet.ptx"
         ptx.write_text(module(bodies, declarations))
-        return toolchain.snippets(language, ptx)
+        return toolchain.snippets(language, ptx, cuobjdump)
 
     return prepare
 
@@ -321,7 +324,7 @@ def test_warp_operations_equal_their_definitions(compiled: Run, tmp_path: Path) 
 SHARED = ".shared .align 16 .b8 space[1024];\n"
 STORE_NEIGHBOUR = """
   mov.u32 %t0, space;
-  shl.b32 %t1, %tid, 2;
+  shl.b32 %t1, %thread, 2;
   add.u32 %t2, %t0, %t1;
   st.shared.b32 [%t2], %a;
   {between}
@@ -331,7 +334,7 @@ STORE_NEIGHBOUR = """
 """
 COPY = """
   mov.u32 %t0, space;
-  shl.b32 %t1, %tid, 2;
+  shl.b32 %t1, %thread, 2;
   add.u32 %t0, %t0, %t1;
   cp.async.ca.shared.global [%t0], [%offset], 4;
   cp.async.commit_group;

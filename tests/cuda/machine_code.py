@@ -21,6 +21,7 @@ from snippets import SnippetRunner
 
 EMULATOR = HERE / "emulator"
 Language = Literal["ptx", "sass"]
+SASS_ARCH = "90"  # whose machine code the emulator executes
 HOST_ARCH = "90"  # of the launcher's host code, which is the same for all
 
 
@@ -150,18 +151,64 @@ class Toolchain:
             / "driver"
         )
 
-    def snippets(self, language: Language, ptx: Path) -> SnippetRunner:
+    def snippets(
+        self, language: Language, ptx: Path, cuobjdump: str | None = None
+    ) -> SnippetRunner:
         """Prepare the kernels of a test's own PTX file."""
         if language == "ptx":
             return SnippetRunner(self.snippet_driver(language), ptx)
-        raise NotImplementedError
+        assert cuobjdump is not None
+        cubin, program = ptx.with_suffix(".cubin"), ptx.with_suffix(".sass")
+        _run([self._nvcc, f"-arch=sm_{SASS_ARCH}", "-cubin", ptx, "-o", cubin])
+        program.write_text(sass_program(cuobjdump, cubin))
+        return SnippetRunner(self.snippet_driver(language), program)
 
     def ptx_program(self, arch: str) -> Program:
         """Return what executes an architecture's PTX."""
         return Program(self.operator_driver("ptx"), self.ptx(arch))
+
+    def _disassemble_all(self, cuobjdump: str, place: Path) -> None:
+        for cubin, _ in self.cubins(SASS_ARCH):
+            (place / f"{cubin.stem}.sass").write_text(sass_program(cuobjdump, cubin))
+
+    def sass_program(self, cuobjdump: str) -> Program:
+        """Return what executes SASS_ARCH's machine code."""
+        place = self._once("sass", lambda place: self._disassemble_all(cuobjdump, place))
+        return Program(self.operator_driver("sass"), tuple(sorted(place.glob("*.sass"))))
 
 
 def disassemble(cuobjdump: str, cubin: Path) -> dict[str, str]:
     """Return the text of each kernel's machine code."""
     sass = _run([cuobjdump, "-sass", cubin])
     return dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+
+
+def _parameters(cuobjdump: str, cubin: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return where each kernel's parameters are in constant bank 0, with their sizes, in order."""
+    elf = _run([cuobjdump, "-elf", cubin])
+    found = {}
+    for name, section in re.findall(r"^\.nv\.info\.(\w+)\n(.*?)(?=^\.|\Z)", elf, re.DOTALL | re.M):
+        base = re.search(r"EIATTR_PARAM_CBANK\s.*?Value:\s+\S+ (0x[0-9a-f]+)", section, re.DOTALL)
+        if base is None:
+            raise ValueError(f"cuobjdump says nothing about the parameters of {name}")
+        start = int(base[1], 16) & 0xFFFF
+        items = re.findall(r"Ordinal : (\S+)\s+Offset  : (\S+)\s+Size    : (\S+)", section)
+        numbers = sorted(tuple(int(text, 16) for text in item) for item in items)
+        found[name] = [(start + offset, size) for _, offset, size in numbers]
+    return found
+
+
+def sass_program(cuobjdump: str, cubin: Path) -> str:
+    """Return a cubin as a program file for the SASS emulator; its parser describes the form."""
+    usage = _run([cuobjdump, "--dump-resource-usage", cubin])
+    sizes = dict(re.findall(r"Function (\w+):\s*\n(.*)", usage))
+    parameters = _parameters(cuobjdump, cubin)
+    lines = []
+    for name, body in disassemble(cuobjdump, cubin).items():
+        size = {what: re.search(rf"{what}:(\d+)", sizes[name]) for what in ("SHARED", "LOCAL")}
+        numbers = " ".join(found[1] if found else "0" for found in size.values())
+        places = " ".join(f"{offset}:{bytes_}" for offset, bytes_ in parameters[name])
+        lines.append(f"KERNEL {name} {numbers} {places}")
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", body):
+            lines.append(f"{address} {text}")
+    return "\n".join(lines) + "\n"

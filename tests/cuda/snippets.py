@@ -19,7 +19,7 @@ ENTRY = """
 .visible .entry {name}(.param .u64 in_, .param .u64 out_)
 {{
   .reg .b64 %in, %out, %offset;
-  .reg .b32 %a, %b, %c, %d, %tid, %ntid, %cta, %index;
+  .reg .b32 %a, %b, %c, %d, %thread, %size, %block, %index;
   .reg .b16 %h<16>;
   .reg .b32 %t<16>;
   .reg .b64 %w<8>;
@@ -28,10 +28,10 @@ ENTRY = """
   ld.param.u64 %out, [out_];
   cvta.to.global.u64 %in, %in;
   cvta.to.global.u64 %out, %out;
-  mov.u32 %tid, %tid.x;
-  mov.u32 %ntid, %ntid.x;
-  mov.u32 %cta, %ctaid.x;
-  mad.lo.u32 %index, %cta, %ntid, %tid;
+  mov.u32 %thread, %tid.x;
+  mov.u32 %size, %ntid.x;
+  mov.u32 %block, %ctaid.x;
+  mad.lo.u32 %index, %block, %size, %thread;
   mul.wide.u32 %offset, %index, 12;
   add.u64 %offset, %in, %offset;
   ld.global.b32 %a, [%offset];

@@ -7,11 +7,12 @@ import operator
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
 import torch
-from machine_code import Toolchain
+from machine_code import Language, Toolchain
 from snippets import (
     FORMATS,
     THREADS,
@@ -22,26 +23,35 @@ from snippets import (
     nasty_patterns,
 )
 
-Run = Callable[[dict[str, str]], SnippetRunner]
+
+class Compile(Protocol):
+    """Prepares kernels, given as PTX, for execution in the emulator."""
+
+    def __call__(self, bodies: dict[str, str], declarations: str = "") -> SnippetRunner: ...
+
+
 UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
 ORDERED = ("eq", "ne", "lt", "le", "gt", "ge")
 RELATIONS = (*ORDERED, *UNORDERED, "num", "nan")
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
-@pytest.fixture(scope="module", params=["ptx"])
-def language(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["ptx", "sass"])
+def language(request: pytest.FixtureRequest) -> Language:
     return request.param
 
 
 @pytest.fixture
-def compiled(language: str, toolchain: Toolchain, tmp_path: Path) -> Run:
+def compiled(
+    language: Language, toolchain: Toolchain, tmp_path: Path, request: pytest.FixtureRequest
+) -> Compile:
     """Return a function that prepares snippets for execution."""
+    cuobjdump = request.getfixturevalue("cuobjdump") if language == "sass" else None
 
     def prepare(bodies: dict[str, str], declarations: str = "") -> SnippetRunner:
         ptx = tmp_path / "snippet.ptx"
         ptx.write_text(module(bodies, declarations))
-        return toolchain.snippets(language, ptx)
+        return toolchain.snippets(language, ptx, cuobjdump)
 
     return prepare
 
@@ -85,7 +95,7 @@ def holds(relation: str, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
-def test_packed_comparisons_equal_torch(compiled: Run, name: str, tmp_path: Path) -> None:
+def test_packed_comparisons_equal_torch(compiled: Compile, name: str, tmp_path: Path) -> None:
     kinds = {"u32": 0xFFFF, f"{name}x2": 0x3C00 if name == "f16" else 0x3F80}
     bodies = {
         f"{relation}_{kind}": f"set.{relation}.{kind}.{name}x2 %d, %a, %b;"
@@ -107,7 +117,7 @@ def test_packed_comparisons_equal_torch(compiled: Run, name: str, tmp_path: Path
             assert np.array_equal(got, np.where(expected, one, 0)), (relation, kind)
 
 
-def test_scalar_comparisons_equal_torch(compiled: Run, tmp_path: Path) -> None:
+def test_scalar_comparisons_equal_torch(compiled: Compile, tmp_path: Path) -> None:
     bodies = {}
     for relation in RELATIONS:
         bodies[f"{relation}_f32"] = f"set.{relation}.u32.f32 %d, %a, %b;"
@@ -140,7 +150,7 @@ def split_for(name: str, words: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16", "f32"])
-def test_arithmetic_is_correctly_rounded(compiled: Run, name: str, tmp_path: Path) -> None:
+def test_arithmetic_is_correctly_rounded(compiled: Compile, name: str, tmp_path: Path) -> None:
     f, kind = FORMATS[name], name if name == "f32" else f"{name}x2"
     one, minus_zero = f.bias << f.mantissa, 1 << (f.bits - 1)
     bodies = {op: f"{op}.{kind} %d, %a, %b;" for op in ("add.rn", "sub.rn", "mul.rn")} | {
@@ -172,7 +182,7 @@ def _extremum(a: int, b: int, f: Format, largest: bool, propagate: bool) -> int 
 
 @pytest.mark.parametrize("name", ["f16", "bf16", "f32"])
 def test_minimum_and_maximum_order_zeros_and_skip_or_keep_nans(
-    compiled: Run, name: str, tmp_path: Path
+    compiled: Compile, name: str, tmp_path: Path
 ) -> None:
     f, kind = FORMATS[name], name if name == "f32" else f"{name}x2"
     bodies = {
@@ -188,7 +198,9 @@ def test_minimum_and_maximum_order_zeros_and_skip_or_keep_nans(
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
-def test_conversions_round_to_nearest_and_to_zero(compiled: Run, name: str, tmp_path: Path) -> None:
+def test_conversions_round_to_nearest_and_to_zero(
+    compiled: Compile, name: str, tmp_path: Path
+) -> None:
     f, single = FORMATS[name], FORMATS["f32"]
     bodies = {
         "rn": f"cvt.rn.{name}.f32 %h0, %a; cvt.u32.u16 %d, %h0;",
@@ -221,7 +233,7 @@ def test_conversions_round_to_nearest_and_to_zero(compiled: Run, name: str, tmp_
     assert torch.equal(back.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
-def test_saturation_clamps_to_zero_and_one(compiled: Run, tmp_path: Path) -> None:
+def test_saturation_clamps_to_zero_and_one(compiled: Compile, tmp_path: Path) -> None:
     runner = compiled({
         "fma": "fma.rn.sat.f32 %d, %a, %b, %c;", "add": "add.sat.f32 %d, %a, %b;",
     })  # fmt: skip
@@ -273,7 +285,7 @@ INTEGER_OPERATIONS: dict[str, tuple[str, Callable[[int, int, int], int]]] = {
 }  # fmt: skip
 
 
-def test_integer_operations_equal_python(compiled: Run, tmp_path: Path) -> None:
+def test_integer_operations_equal_python(compiled: Compile, tmp_path: Path) -> None:
     runner = compiled({name: body for name, (body, _) in INTEGER_OPERATIONS.items()})
     random = np.random.default_rng(2)
     words = random.integers(0, 2**32, (2 * THREADS, 3), dtype=np.uint32)
@@ -287,7 +299,7 @@ def test_integer_operations_equal_python(compiled: Run, tmp_path: Path) -> None:
 # ---- Warps, memory and what the emulator refuses ------------------------------------------------
 
 
-def test_warp_operations_equal_their_definitions(compiled: Run, tmp_path: Path) -> None:
+def test_warp_operations_equal_their_definitions(compiled: Compile, tmp_path: Path) -> None:
     runner = compiled({
         "up": "shfl.sync.up.b32 %d, %a, 3, 0, -1;",
         "down": "shfl.sync.down.b32 %d, %a, 5, 31, -1;",
@@ -321,7 +333,7 @@ def test_warp_operations_equal_their_definitions(compiled: Run, tmp_path: Path) 
 SHARED = ".shared .align 16 .b8 space[1024];\n"
 STORE_NEIGHBOUR = """
   mov.u32 %t0, space;
-  shl.b32 %t1, %tid, 2;
+  shl.b32 %t1, %thread, 2;
   add.u32 %t2, %t0, %t1;
   st.shared.b32 [%t2], %a;
   {between}
@@ -331,7 +343,7 @@ STORE_NEIGHBOUR = """
 """
 COPY = """
   mov.u32 %t0, space;
-  shl.b32 %t1, %tid, 2;
+  shl.b32 %t1, %thread, 2;
   add.u32 %t0, %t0, %t1;
   cp.async.ca.shared.global [%t0], [%offset], 4;
   cp.async.commit_group;
@@ -345,7 +357,7 @@ def counting_words() -> np.ndarray:
 
 
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.sync 3, 128;", "barrier.sync.aligned 1;"])
-def test_a_barrier_orders_shared_memory(compiled: Run, barrier: str, tmp_path: Path) -> None:
+def test_a_barrier_orders_shared_memory(compiled: Compile, barrier: str, tmp_path: Path) -> None:
     runner = compiled({"k": STORE_NEIGHBOUR.format(between=barrier)}, SHARED)
     words = counting_words()
     got = runner.run("k", words, tmp_path)
@@ -354,26 +366,28 @@ def test_a_barrier_orders_shared_memory(compiled: Run, barrier: str, tmp_path: P
 
 @pytest.mark.parametrize("between", ["", "bar.sync 1, 64;"], ids=["nothing", "half"])
 def test_a_missing_barrier_is_reported(
-    language: str, compiled: Run, between: str, tmp_path: Path
+    language: str, compiled: Compile, between: str, tmp_path: Path
 ) -> None:
     runner = compiled({"k": STORE_NEIGHBOUR.format(between=between)}, SHARED)
     _, result = runner.try_run("k", counting_words(), tmp_path)
     assert "shared race" in result.stderr or "has not written" in result.stderr
 
 
-def test_an_asynchronous_copy_arrives_when_it_is_waited_for(compiled: Run, tmp_path: Path) -> None:
+def test_an_asynchronous_copy_arrives_when_it_is_waited_for(
+    compiled: Compile, tmp_path: Path
+) -> None:
     runner = compiled({"k": COPY.format(wait="cp.async.wait_group 0;")}, SHARED)
     words = counting_words()
     assert np.array_equal(runner.run("k", words, tmp_path), words[:, 0])
 
 
-def test_a_missing_wait_is_reported(compiled: Run, tmp_path: Path) -> None:
+def test_a_missing_wait_is_reported(compiled: Compile, tmp_path: Path) -> None:
     runner = compiled({"k": COPY.format(wait="cp.async.wait_group 1;")}, SHARED)
     _, result = runner.try_run("k", counting_words(), tmp_path)
     assert "still copies" in result.stderr
 
 
-def test_an_access_out_of_bounds_stops(compiled: Run, tmp_path: Path) -> None:
+def test_an_access_out_of_bounds_stops(compiled: Compile, tmp_path: Path) -> None:
     runner = compiled({"k": "ld.global.b32 %d, [%out+65536];"})
     _, result = runner.try_run("k", counting_words(), tmp_path)
     assert result.returncode == 98

@@ -27,15 +27,6 @@ namespace topk_mask {
 
 // ---- Rows of a warp or a team -----------------------------------------------------------------
 
-// Tells the L2 cache that a row will be read: its way from memory overlaps this row's search.
-TOPK_INLINE void prefetch_row(const uint8_t* row, uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(row)),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-
 template <class Fmt, int kHeld, bool kOneWarp>
 TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, int hidden, int k) {
   constexpr int kBytes = kSlotBytes / Fmt::kElements;
@@ -59,8 +50,7 @@ TOPK_INLINE void forward(const void* x, void* y, uint32_t* bits, int64_t rows, i
   for (;;) {
     chunks.load_held();
     const int64_t next = row + stride;
-    if (kHeld > 0 && lane == 0 && team.warp == 0 && next < rows)
-      prefetch_row(static_cast<const uint8_t*>(x) + next * hidden * kBytes, size * kBytes);
+    if (next < rows) chunks.prefetch(stride, size);
     const Threshold threshold = find_threshold<Fmt>(team, chunks, size, k, forecast);
     select_and_write<Fmt>(team, chunks, threshold);
     if (next >= rows) return;

@@ -98,6 +98,12 @@ TOPK_INLINE void store_elements(uint8_t* slot, uint32_t count, const uint32_t (&
   }
 }
 
+TOPK_INLINE void prefetch_l2(const uint8_t* at) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+#endif
+}
+
 TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
   const uint4 vector = *reinterpret_cast<const uint4*>(slot);
   raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
@@ -144,6 +150,19 @@ class WarpChunks {
     } else {
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
+    }
+  }
+
+  // Tells the L2 cache that the row `rows` further on will be read, so that its way from memory
+  // overlaps this row's search. One instruction asks for 4 KiB.
+  TOPK_INLINE void prefetch(int64_t rows, uint32_t hidden) const {
+    constexpr int kLineBytes = 128, kLineSlots = kLineBytes / kSlotBytes;
+    const int lane = threadIdx.x % kLanes;
+    const uint8_t* from = row_.x + rows * hidden * (kSlotBytes / Fmt::kElements);
+#pragma unroll
+    for (int line = 0; line < (kHeld + kLineSlots - 1) / kLineSlots; ++line) {
+      const int slot = (line * kLanes + lane) * kLineSlots - lane;  // from this lane's first slot
+      if (slot < limit_) prefetch_l2(from + slot * kSlotBytes);
     }
   }
 

@@ -166,48 +166,16 @@ void Machine::copy_async(uint32_t lanes) {
     if (to + bytes > shared_.size()) fail("shared address out of range", lane);
     const char* fault = read ? memory_.fault(from[lane], bytes, false) : nullptr;
     if (fault) fail(fault, lane);
-    const std::string wrong = shared_.promise(to, bytes, warp_->index);
+    const std::string wrong = warp_->copies.add(lane, to, from[lane], bytes, std::min(read, bytes),
+                                                shared_, warp_->index);
     if (!wrong.empty()) warn(wrong, lane);
-    warp_->copies.push_back(
-        {to, from[lane], bytes, std::min(read, bytes), lane, warp_->open_group[lane]});
   });
   if (lanes) counters_.count_global(lanes, from, bytes, false);
 }
 
-// A hint, but one that must name memory that exists: in a GPU, a wrong address is a fault.
-void Machine::prefetch_bulk(uint32_t lanes) {
-  constexpr uint64_t kGranule = 16;
-  each(lanes, [&](int lane) {
-    const uint64_t from = address(now_->operands[0], lane);
-    const uint64_t bytes = get(now_->operands[1], lane) & 0xffffffffu;
-    if (from % kGranule || bytes % kGranule) fail("misaligned bulk prefetch", lane);
-    for (uint64_t at = from; at < from + bytes; at += kGranule) {
-      const char* fault = memory_.fault(at, kGranule, false);
-      if (fault) fail(fault, lane);
-    }
-  });
-}
-
-void Machine::commit_async(uint32_t lanes) {
-  each(lanes, [&](int lane) { ++warp_->open_group[lane]; });
-}
-
-// Copies what belongs to all but the last `allowed_groups` groups of these lanes; -1 is everything.
 void Machine::wait_async(uint32_t lanes, int allowed_groups) {
-  auto& copies = warp_->copies;
-  const auto arrives = [&](const AsyncCopy& copy) {
-    const int last = warp_->open_group[copy.lane] - allowed_groups - 1;
-    return lanes >> copy.lane & 1 && copy.group <= last;
-  };
-  for (const AsyncCopy& copy : copies) {
-    if (!arrives(copy)) continue;
-    const std::string wrong =
-        shared_.touch(copy.to, copy.bytes, Access::kWrite, warp_->index);
-    if (!wrong.empty()) warn(wrong, copy.lane);
-    memset(shared_.data() + copy.to, 0, copy.bytes);
-    memcpy(shared_.data() + copy.to, reinterpret_cast<uint8_t*>(copy.from), copy.read_bytes);
-  }
-  copies.erase(std::remove_if(copies.begin(), copies.end(), arrives), copies.end());
+  const std::string wrong = warp_->copies.wait(lanes, allowed_groups, shared_, warp_->index);
+  if (!wrong.empty()) warn(wrong, 0);
 }
 
 // ---- Control ------------------------------------------------------------------------------------
@@ -381,9 +349,9 @@ void Machine::start_block(Dim index) {
     Warp& warp = warps_[w];
     warp.index = w;
     warp.registers.assign(kernel_.register_bits.size() * kWarpLanes, 0);
-    warp.copies.clear();
+    warp.copies.start_block();
     for (int lane = 0; lane < kWarpLanes; ++lane) {
-      warp.pc[lane] = warp.open_group[lane] = 0;
+      warp.pc[lane] = 0;
       warp.state[lane] = w * kWarpLanes + lane < live_threads_ ? State::kReady : State::kDone;
     }
   }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "async_copies.h"
 #include "executor.h"
 #include "memory.h"
 #include "program.h"
@@ -13,21 +14,12 @@ namespace emulator::ptx {
 
 enum class State : uint8_t { kReady, kAtBarrier, kAtWarpOperation, kDone };
 
-// cp.async of one lane. The data is copied when the lane waits for it, so that a kernel that does
-// not wait reads undefined memory.
-struct AsyncCopy {
-  uint64_t to, from;
-  int bytes, read_bytes;  // the rest is zeros
-  int lane, group;
-};
-
 struct Warp {
   int index = 0;
   std::vector<uint64_t> registers;  // [register][lane]
   int pc[kWarpLanes];
   State state[kWarpLanes];
-  std::vector<AsyncCopy> copies;
-  int open_group[kWarpLanes];
+  AsyncCopies copies;
 };
 
 struct Barrier {
@@ -64,9 +56,8 @@ class Machine {
   void barrier(uint32_t lanes);
   bool warp_operation(uint32_t lanes);  // whether all lanes of the mask are here
   void copy_async(uint32_t lanes);
-  void prefetch_bulk(uint32_t lanes);
   void wait_async(uint32_t lanes, int allowed_groups);
-  void commit_async(uint32_t lanes);
+  void commit_async(uint32_t lanes) { warp_->copies.commit(lanes); }
   Counters& counters() { return counters_; }
 
  private:

@@ -107,10 +107,6 @@ void atomic(Machine& m, const Instruction& i, uint32_t lanes) {
 }
 
 void copy(Machine& m, const Instruction& i, uint32_t lanes) {
-  if (i.has("bulk")) {
-    if (!i.has("prefetch")) m.fail("bulk copies are not supported", 0);
-    return m.prefetch_bulk(lanes);
-  }
   if (i.has("commit_group")) return m.commit_async(lanes);
   if (i.has("wait_all")) return m.wait_async(lanes, -1);
   if (i.has("wait_group")) return m.wait_async(lanes, static_cast<int>(i.operands[0].value));

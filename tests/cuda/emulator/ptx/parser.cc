@@ -123,7 +123,7 @@ bool known_modifier(const string& m) {
       "rni", "rzi", "rmi", "rpi", "lo", "hi", "wide", "eq", "ne", "lt", "le", "gt", "ge", "ls", "hs",
       "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan", "and", "or", "xor", "popc", "red",
       "arrive", "warp", "add", "min", "max", "exch", "cas", "inc", "dec", "idx", "up", "down", "bfly",
-      "ballot", "any", "all", "to", "async", "bulk", "prefetch", "commit_group", "wait_group", "wait_all", "l", "r",
+      "ballot", "any", "all", "to", "async", "commit_group", "wait_group", "wait_all", "l", "r",
       "wrap", "clamp", "f4e", "b4e", "rc8", "ecl", "ecr", "rc16", "shiftamt", "cc", "global",
       "const", "local", "param", "shared", "level", "v2", "v4", "v8", "launch_dependents", "wait"};
   return known.count(m.substr(0, m.find("::"))) > 0;

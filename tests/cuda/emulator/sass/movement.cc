@@ -101,8 +101,24 @@ uint32_t combine(const Instruction& i, uint32_t old, uint32_t b, uint32_t c) {
   stop("unsupported atomic operation: " + i.text);
 }
 
+// REDG.ADD.64 [address], Rb
+void add_64(Machine& m, const Instruction& i, uint32_t lanes) {
+  uint64_t addresses[kWarpLanes];
+  m.each(lanes, [&](int lane) {
+    addresses[lane] = m.address(i.operands[0], lane);
+    uint8_t* place = m.global(addresses[lane], 8, true, lane);
+    uint64_t value;
+    memcpy(&value, place, 8);
+    value += m.pair(i.operands[1], lane);
+    memcpy(place, &value, 8);
+  });
+  m.counters().count_atomic(lanes, addresses);
+  m.counters().count_global(lanes, addresses, 8, true);
+}
+
 // ATOMS Rd, [address], Rb; ATOMG P, Rd, [address], Rb; RED [address], Rb
 void atomic(Machine& m, const Instruction& i, uint32_t lanes) {
+  if (i.has("64") && i.opcode == "REDG" && i.has("ADD")) return add_64(m, i, lanes);
   if (i.has("64") || i.has("F32") || i.has("F16x2")) m.fail("atomic type is not supported", 0);
   size_t n = 0;
   while (i.operands[n].is_predicate()) ++n;
@@ -327,7 +343,7 @@ const char* const kAccess =
     " E 128 64 32 U8 S8 U16 S16 CONSTANT EL EF LU EU NA STRONG WEAK GPU SM SYS CTA LTC64B LTC128B "
     "LTC256B BYPASS ACCESS ";
 const char* const kAtomic =
-    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC 32 S32 U32 STRONG GPU SYS SM CTA ";
+    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC 32 S32 U32 64 STRONG GPU SYS SM CTA ";
 
 }  // namespace
 

@@ -310,10 +310,18 @@ struct Format<0, kAbsolute> {
   TOPK_INLINE static int smallest_order(uint32_t word) { return order_of(word); }
   TOPK_INLINE static int largest_order(uint32_t word) { return order_of(word); }
   TOPK_INLINE static uint32_t smaller(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
     return as_word(fminf(as_float(a), as_float(b)));
+#else  // of a signalling NaN, a C library's fminf makes a NaN
+    return as_float(b) != as_float(b) || as_float(a) < as_float(b) ? a : b;
+#endif
   }
   TOPK_INLINE static uint32_t larger(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
     return as_word(fmaxf(as_float(a), as_float(b)));
+#else
+    return as_float(b) != as_float(b) || as_float(a) > as_float(b) ? a : b;
+#endif
   }
 
   TOPK_INLINE static uint32_t compared(uint32_t word) { return kAbs ? word & 0x7fffffffu : word; }

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def exit_on_user_error(main: Callable[[], Any]) -> Callable[[], Any]:
         except UserError as error:
             rank = os.environ.get("RANK", "0")
             if rank != "0" and not isinstance(error, RunError):
+                # During training, Megatron's handler would only note torchrun's request to end.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(_PATIENCE_SECONDS)
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"error: {where}{error}", file=sys.stderr, flush=True)

@@ -16,15 +16,16 @@ class ReferenceTopK(torch.autograd.Function):
     """The operator's definition, forward and backward, without the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, mode: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
         y, bits = topk_mask_reference(x, k, mode)
         ctx.save_for_backward(bits)
-        return y
+        ctx.mark_non_differentiable(bits)
+        return y, bits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        (dy,) = grads
+        dy, _ = grads
         return torch.where(unpack_bits(bits, dy.shape[-1]), dy, 0.0), None, None
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     from topk_megatron.model import runtime
     from topk_megatron.train.main import run
 
-    runtime.topk_mask = lambda x, k, mode: ReferenceTopK.apply(x, k, mode)  # pyright: ignore
+    runtime.topk_mask_with_bits = lambda x, k, mode: ReferenceTopK.apply(x, k, mode)  # pyright: ignore
     run(device)
 
 

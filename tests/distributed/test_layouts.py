@@ -112,11 +112,11 @@ SPARSE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2", "vpp", "dp2-distributed-optimizer"])
+@pytest.mark.parametrize("name", ["tp2-pp2", "vpp", "dp2-distributed-optimizer", "full"])
 def test_layer_statistics_are_those_of_one_rank(
     name: str, flags: list[str], initial: Path, one_neuron_per_token: Run, tmp_path: Path
 ) -> None:
-    ranks, layout = LAYOUTS[name]
+    ranks, layout = LAYOUTS[name] if name in LAYOUTS else (1, RECOMPUTE[name])
     load = ["--load", str(initial), *layout.split()]
     run = pretrain(ranks, *flags, *SPARSE, *load, tensorboard=tmp_path)
     assert run.returncode == 0, run.output

@@ -11,6 +11,7 @@ from topk_megatron.ops import TopKArgumentError, topk_mask, topk_mask_with_bits
 from topk_megatron.ops.reference import (
     KEYS,
     bits_to_indices_reference,
+    count_bits_reference,
     pack_bits,
     topk_mask_reference,
     unpack_bits,
@@ -58,6 +59,16 @@ def test_indices_ascend_and_name_the_set_bits() -> None:
     _, bits = topk_mask_reference(torch.randn(2, 3, 500), 20, "abs")
     indices = bits_to_indices_reference(bits, 500, 20).long()
     assert torch.equal(indices, unpack_bits(bits, 500).nonzero()[:, -1].reshape(2, 3, 20))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700])
+@pytest.mark.parametrize("hidden_size", [1, 31, 32, 33, 4100])
+def test_counts_are_those_of_each_coordinate(hidden_size: int, rows: int) -> None:
+    """700 rows of 129 words take two slices."""
+    mask = torch.rand(2, rows, hidden_size) < torch.rand(hidden_size)
+    counts = count_bits_reference(pack_bits(mask), hidden_size)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, mask.long().sum(dim=(0, 1)))
 
 
 def test_the_settings_know_the_modes_of_the_operator() -> None:

@@ -5,7 +5,13 @@ import torch
 
 from tests.rows import DTYPES, MODES, as_bits, make_rows
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits, unpack_sparse
-from topk_megatron.ops.reference import bits_to_indices_reference, unpack_bits
+from topk_megatron.ops.library import OPS
+from topk_megatron.ops.reference import (
+    bits_to_indices_reference,
+    count_bits_reference,
+    pack_bits,
+    unpack_bits,
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -76,3 +82,22 @@ def test_packing_compiles_as_one_graph() -> None:
     x = torch.randn(5, 40)
     compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), round_trip(x))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50])
+@pytest.mark.parametrize("hidden_size", [1, 31, 32, 33, 300, 8192])
+def test_counted_bits_equal_the_reference(hidden_size: int, rows: int) -> None:
+    """Bits behind the last coordinate count nowhere; 8192 coordinates take several threads."""
+    bits = pack_bits(torch.rand(2, rows, hidden_size) < torch.rand(hidden_size))
+    if hidden_size % 32:
+        bits[..., -1] |= -1 << (hidden_size % 32)
+    counts = OPS.count_bits(bits, hidden_size)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, count_bits_reference(bits, hidden_size))
+    strided = bits.transpose(0, 1)
+    assert torch.equal(OPS.count_bits(strided, hidden_size), counts)
+
+
+def test_counting_refuses_bits_of_another_size() -> None:
+    with pytest.raises(RuntimeError):
+        OPS.count_bits(pack_bits(torch.ones(2, 40).bool()), 65)

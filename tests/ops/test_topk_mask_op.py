@@ -45,6 +45,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(OPS.topk_mask, (x.clone().requires_grad_(), 7, "abs"))
         torch.library.opcheck(OPS.topk_mask_backward, (x.clone().requires_grad_(), bits))
         torch.library.opcheck(OPS.bits_to_indices, (bits, x.shape[-1], 7))
+        torch.library.opcheck(OPS.count_bits, (bits, x.shape[-1]))
         indices = OPS.bits_to_indices(bits, x.shape[-1], 7)
         torch.library.opcheck(OPS.gather_row, (x.clone().requires_grad_(), indices))
         values = torch.randn(indices.shape, requires_grad=True)

@@ -67,8 +67,8 @@ def test_grouped_experts_cannot_have_a_topk_inside() -> None:
         check_parallel(Namespace(**args), config(site="both", mlp_k=8))
 
 
-def test_a_schedule_that_leaves_the_topk_out_is_refused() -> None:
-    """Megatron's overlapped expert-parallel schedule does not call the layer's exit."""
+def settings(**changes: object) -> Namespace:
+    """Arguments of a run that `check_settings` accepts, with changes."""
     rest = {
         "topk_silent_tokens": 1,
         "topk_metrics": True,
@@ -79,9 +79,16 @@ def test_a_schedule_that_leaves_the_topk_out_is_refused() -> None:
         "topk_sparse_save": False,
         "topk_verify": None,
     }
-    args = Namespace(**{**ACCEPTED, **rest, "overlap_moe_expert_parallel_comm": True})
-    with pytest.raises(ConfigError, match="leaves out the TopK of the residual stream"):
+    return Namespace(**{**ACCEPTED, **rest, **changes})
+
+
+def test_the_overlapped_schedule_of_experts_is_accepted() -> None:
+    """Its layers have their TopK (tests/distributed/test_bypass.py)."""
+    check_settings(settings(overlap_moe_expert_parallel_comm=True), config())
+
+
+def test_a_fused_add_that_leaves_the_topk_out_is_refused() -> None:
+    args = settings(inference_fuse_tp_communication=True)
+    with pytest.raises(ConfigError, match="--inference-fuse-tp-communication"):
         check_settings(args, config())
     check_settings(args, config(layers=()))
-    args.overlap_moe_expert_parallel_comm = False
-    check_settings(args, config())

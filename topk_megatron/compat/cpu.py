@@ -69,9 +69,10 @@ def redirect_cuda_to_cpu() -> None:
     _patch_tensor_types()
     _patch_accelerator()
     _patch_data_loader()
-    from topk_megatron.compat.patches import use_cpu_generator
+    from topk_megatron.compat.patches import make_host_splits, use_cpu_generator
 
     use_cpu_generator()
+    make_host_splits()
 
 
 def _keep_device_contexts() -> None:

@@ -183,3 +183,22 @@ def use_cpu_generator() -> None:
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def make_host_splits() -> None:
+    """Make the experts' all-to-all dispatcher convert its sizes, which already are on the host.
+
+    It converts them to numpy while it moves them from the device, and would otherwise hand tensors
+    to torch's all-to-all, which takes integers (megatron/core/transformer/moe/token_dispatcher.py).
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def make(original: Any) -> Callable[..., Any]:
+        def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+            if as_numpy and isinstance(tensor, torch.Tensor):
+                return tensor.numpy()
+            return original(tensor, as_numpy, record_stream)
+
+        return move
+
+    _wrap(token_dispatcher, "maybe_move_tensor_to_cpu", make)

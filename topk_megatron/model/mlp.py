@@ -8,6 +8,7 @@ without the weight, and this module multiplies by it after the TopK, as Megatron
 Shapes: x_TP has T tokens (any leading dimensions) and P = F / p units of this tensor-parallel rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +28,26 @@ class TopKActivation(nn.Module):
         group: tensor-parallel group of the MLP; for an expert, the experts' group.
     """
 
-    def __init__(self, config: TopKConfig, group: Any) -> None:
+    def __init__(
+        self, config: TopKConfig, group: Any, applied: Callable[[bool], None] | None = None
+    ) -> None:
+        """Make the TopK of an MLP that `attach` will be given.
+
+        Args:
+            config: settings of the model.
+            group: tensor-parallel group of the MLP; for an expert, the experts' group.
+            applied: called at each application with whether the MLP is training.
+        """
         super().__init__()
         self.config = config
         self.group = group
+        self._applied = applied
         self._weights: Tensor | None = None
 
     def forward(self, x_TP: Tensor) -> Tensor:
         """Keep the gated activation on S and return +0 elsewhere."""
+        if self._applied is not None:
+            self._applied(self.training)
         k, groups, mode = self.config.mlp_k, self.config.mlp_groups, self.config.mode
         assert k is not None
         if groups is None:
@@ -70,8 +83,15 @@ class TopKActivation(nn.Module):
         return output[0] + output[1].unsqueeze(0) * weights.unsqueeze(-1), None
 
 
-def add_topk(layer: torch.nn.Module, config: TopKConfig) -> None:
+def add_topk(
+    layer: torch.nn.Module, config: TopKConfig, applied: Callable[[bool], None] | None = None
+) -> None:
     """Give every MLP of a transformer layer, experts included, its TopK.
+
+    Args:
+        layer: the layer, or the part of it that holds its MLPs.
+        config: settings of the model.
+        applied: called at each application with whether the layer is training.
 
     Raises:
         ConfigError: if the layer's MLP is fused, so that the TopK cannot enter it, or its width or
@@ -87,7 +107,7 @@ def add_topk(layer: torch.nn.Module, config: TopKConfig) -> None:
         group: Any = mlp.tp_group
         size = group.size()
         check_fit(config, local_width(mlp) * size, size)
-        mlp.topk = TopKActivation(config, group)
+        mlp.topk = TopKActivation(config, group, applied)
         mlp.topk.attach(mlp)
 
 

@@ -1,10 +1,17 @@
 """Cheap statistics of one TopK layer on one rank, gathered in the forward pass.
 
-Every step records which neurons fired; norms are computed only in steps that are logged.
+Every step counts how often each neuron was selected, from the bits of S: 32 times fewer bytes than
+the layer's output in float32, 16 times fewer in bfloat16. Norms, which need the dense tensors, are
+computed only in steps that are logged. Nothing here waits for the device; `take_sums` and
+`silent_tokens` are tensors that the caller transfers for all layers at once.
+
+Shapes: N rows, H neurons.
 """
 
 import torch
 from torch import Tensor
+
+from topk_megatron.ops.library import OPS
 
 # A rank that does not hold the layer must not win the minimum over ranks.
 NEVER_SEEN = torch.iinfo(torch.int64).max // 2
@@ -13,62 +20,72 @@ NEVER_SEEN = torch.iinfo(torch.int64).max // 2
 class LayerProbe:
     """Density, kept energy, and tokens since each neuron last fired.
 
+    A neuron fires when it is selected, even if its value is zero.
+
     Attributes:
-        hidden_size: h, the number of neurons.
-        measuring: whether `observe` also adds to `sums`.
-        sums: float64 [4]: number of nonzero outputs, number of outputs, squared norm after the TopK
-            and before it; None until measured.
-        silent_tokens: int64 [h]: tokens of the whole job since each neuron was last nonzero; None
-            before the first step.
+        hidden_size: H, the number of neurons.
+        measuring: whether the current step adds to the sums of `take_sums`.
+        counts: int64 [H]: rows of the current step in which each neuron fired; None before the
+            first microbatch.
+        num_rows: rows observed in the current step.
+        silent_tokens: int64 [H]: tokens of the whole job since each neuron last fired; None before
+            the first step.
     """
 
     def __init__(self, hidden_size: int) -> None:
         self.hidden_size = hidden_size
         self.measuring = False
-        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.num_rows = 0
         self.silent_tokens: Tensor | None = None
-        self._fired: Tensor | None = None
+        self._norms: Tensor | None = None
+        self._has_norms = False
+        self._sums: Tensor | None = None
 
     @torch.no_grad()
-    def observe(self, before: Tensor, after: Tensor) -> None:
+    def observe(self, before: Tensor, after: Tensor, bits: Tensor | None) -> None:
         """Record one microbatch.
 
-        Activation recomputation observes a microbatch twice, which changes none of the ratios.
-
         Args:
-            before: [..., h], the input of the TopK.
-            after: [..., h], its output.
+            before: [..., H], the input of the TopK.
+            after: [..., H], its output.
+            bits: int32 [..., ceil(H / 32)], its selection S; None if every neuron is selected.
         """
-        rows = after.detach().reshape(-1, self.hidden_size)
-        # Two passes, yet ten times cheaper on a CPU than any() or a norm over this dimension.
-        fired = (rows.amax(dim=0) != 0) | (rows.amin(dim=0) != 0)
-        self._fired = fired if self._fired is None else self._fired | fired
+        # These two are allocated once: the layer may run on another CUDA stream than `end_step`.
+        if self.counts is None or self._norms is None:
+            self.counts = torch.zeros(self.hidden_size, dtype=torch.int64, device=after.device)
+            self._norms = torch.zeros(2, dtype=torch.float64, device=after.device)
+        num_rows = after.numel() // self.hidden_size
+        self.counts += num_rows if bits is None else OPS.count_bits(bits, self.hidden_size)
+        self.num_rows += num_rows
         if self.measuring:
-            sums = torch.stack(
-                [
-                    torch.count_nonzero(rows).double(),
-                    torch.full((), rows.numel(), dtype=torch.float64, device=rows.device),
-                    _squared_norm(rows),
-                    _squared_norm(before.detach()),
-                ]
-            )
-            self.sums = sums if self.sums is None else self.sums + sums
+            self._norms += torch.stack([_squared_norm(x.detach()) for x in (after, before)])
+            self._has_norms = True
 
     def end_step(self, tokens: int) -> None:
         """Close a training step of `tokens` tokens over the whole job."""
-        if self._fired is None:
+        if self.counts is None or self._norms is None or self.num_rows == 0:
             return
         if self.silent_tokens is None:
-            self.silent_tokens = torch.zeros(
-                self.hidden_size, dtype=torch.int64, device=self._fired.device
-            )
-        # In place and without reading values back, so that nothing waits for the device.
-        self.silent_tokens.add_(tokens).masked_fill_(self._fired, 0)
-        self._fired = None
+            self.silent_tokens = torch.zeros_like(self.counts)
+        self.silent_tokens.add_(tokens).masked_fill_(self.counts > 0, 0)
+        if self._has_norms:
+            fired = self.counts.sum().double()
+            outputs = torch.full_like(fired, self.num_rows * self.hidden_size)
+            sums = torch.cat([torch.stack([fired, outputs]), self._norms])
+            self._sums = sums if self._sums is None else self._sums + sums
+        self._has_norms, self.num_rows = False, 0
+        self.counts.zero_()
+        self._norms.zero_()
 
     def take_sums(self, device: torch.device) -> Tensor:
-        """Return `sums` and clear them; return zeros if nothing was measured."""
-        sums, self.sums = self.sums, None
+        """Return the sums over the measured steps since the last call, and start again.
+
+        Returns:
+            float64 [4]: number of selected outputs, number of outputs, squared norm after the TopK
+            and before it; zeros if nothing was measured.
+        """
+        sums, self._sums = self._sums, None
         return torch.zeros(4, dtype=torch.float64, device=device) if sums is None else sums
 
 

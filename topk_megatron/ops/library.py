@@ -9,8 +9,9 @@ only where there is no kernel, so a missing extension needs no branch anywhere e
     bits_to_indices(bits, H, k) -> indices    ascending, k per row
     gather_row(x, indices) -> values          values[.., j] = x[.., indices[.., j]]
     scatter_row(values, indices, H) -> x      the inverse, +0 elsewhere
+    count_bits(bits, H) -> counts             int64 [H]: rows in which the coordinate is set
 
-The last two are torch's gather and scatter on the integers behind the floats. On the floats
+Gather and scatter are torch's gather and scatter on the integers behind the floats. On the floats
 themselves torch rewrites the payload of a signalling NaN, so a packed row would not be restored.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from topk_megatron.ops.extension import warn_fallback
 from topk_megatron.ops.reference import (
     bits_to_indices_reference,
+    count_bits_reference,
     index_dtype,
     num_words,
     topk_mask_reference,
@@ -41,6 +43,7 @@ _library.define("topk_mask_backward(Tensor dy, Tensor bits) -> Tensor")
 _library.define("bits_to_indices(Tensor bits, int hidden_size, int k) -> Tensor")
 _library.define("gather_row(Tensor x, Tensor indices) -> Tensor")
 _library.define("scatter_row(Tensor values, Tensor indices, int hidden_size) -> Tensor")
+_library.define("count_bits(Tensor bits, int hidden_size) -> Tensor")
 
 
 # ---- the reference, wherever no kernel is registered -------------------------------------------
@@ -76,6 +79,7 @@ _library.impl("scatter_row", _scatter_row, "CompositeExplicitAutograd")
 _library.impl("topk_mask", _topk_mask_fallback, "CompositeExplicitAutograd")
 _library.impl("topk_mask_backward", _topk_mask_backward_fallback, "CompositeExplicitAutograd")
 _library.impl("bits_to_indices", bits_to_indices_reference, "CompositeExplicitAutograd")
+_library.impl("count_bits", count_bits_reference, "CompositeExplicitAutograd")
 
 
 # ---- shapes without data, for torch.compile ------------------------------------------------------
@@ -105,6 +109,11 @@ def _gather_row_fake(x: Tensor, indices: Tensor) -> Tensor:
 @torch.library.register_fake(f"{NAMESPACE}::scatter_row")
 def _scatter_row_fake(values: Tensor, indices: Tensor, hidden_size: int) -> Tensor:
     return values.new_empty((*values.shape[:-1], hidden_size))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::count_bits")
+def _count_bits_fake(bits: Tensor, hidden_size: int) -> Tensor:
+    return bits.new_empty((hidden_size,), dtype=torch.int64)
 
 
 # ---- gradients: dy on S, and the same again for the second derivative ----------------------------

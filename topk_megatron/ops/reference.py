@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+_SLICE_WORDS = 1 << 16  # `count_bits_reference` unpacks this many words at a time, to 8 MB
 # The selection modes: the key that is compared, [..., H] to [..., H]. This is the one definition;
 # a mode without a kernel of its own selects by the kernels of ``value`` on its key.
 KEYS: dict[str, Callable[[Tensor], Tensor]] = {"value": lambda x: x, "abs": torch.abs}
@@ -73,3 +74,12 @@ def bits_to_indices_reference(bits: Tensor, hidden_size: int, k: int) -> Tensor:
     positions = torch.arange(hidden_size, dtype=index_dtype(hidden_size), device=bits.device)
     out = positions.new_empty((*bits.shape[:-1], k + 1))
     return out.scatter_(-1, place, positions.expand(mask.shape))[..., :k].contiguous()
+
+
+def count_bits_reference(bits: Tensor, hidden_size: int) -> Tensor:
+    """Count the rows of int32 [..., ceil(H / 32)] in which each coordinate is set: int64 [H]."""
+    rows_NW = bits.reshape(-1, num_words(hidden_size))
+    counts_H = torch.zeros(hidden_size, dtype=torch.int64, device=bits.device)
+    for slice_NW in rows_NW.split(max(1, _SLICE_WORDS // max(1, rows_NW.shape[1]))):
+        counts_H += unpack_bits(slice_NW, hidden_size).sum(dim=0)
+    return counts_H

@@ -109,7 +109,7 @@ def add_topk_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         default=100_000,
         metavar="TOKENS",
-        help="a neuron is silent once it was zero for this many tokens (default: %(default)s)",
+        help="a neuron is silent once none of this many tokens selected it (default: %(default)s)",
     )
     group.add_argument(
         "--no-topk-metrics",

@@ -49,6 +49,8 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
                 "use --topk-anneal constant or --cuda-graph-impl none"
             )
         if args.topk_metrics:
+            # The host decides which steps are measured and counts rows, and a replay does neither;
+            # warm-up runs before a capture would be counted although no step has them.
             raise ConfigError(
                 "replaying a CUDA graph does not gather the statistics of TopK layers; "
                 "use --no-topk-metrics or --cuda-graph-impl none"
@@ -57,10 +59,10 @@ def check_settings(args: Namespace, config: TopKConfig) -> None:
         raise ConfigError(
             f"--topk-site {config.site} does not support CUDA graphs; use --cuda-graph-impl none"
         )
-    if args.overlap_moe_expert_parallel_comm and config.residual_layers:
+    if getattr(args, "inference_fuse_tp_communication", False) and config.residual_layers:
         raise ConfigError(
-            "--overlap-moe-expert-parallel-comm runs the layers by a schedule of its own, which "
-            "leaves out the TopK of the residual stream; drop the flag"
+            "--inference-fuse-tp-communication computes the next layer's norm together with the "
+            "residual add, before the TopK; drop the flag"
         )
     check_parallel(args, config)
     if config.layers and args.ckpt_format != "torch_dist" and (args.save or args.load):

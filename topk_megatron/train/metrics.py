@@ -21,9 +21,10 @@ class LayerMetrics:
 
     Attributes:
         layer: number of the layer, counted from 0.
-        density: share of outputs that are not zero; k / H unless kept values are zero themselves.
+        density: share of outputs that are selected, counted from the selections; k / H if they are
+            right.
         kept_norm: share of the squared norm that survives the TopK.
-        silent: share of neurons that were zero for the last `silent_tokens` tokens.
+        silent: share of neurons that were not selected for the last `silent_tokens` tokens.
     """
 
     layer: int
@@ -37,12 +38,12 @@ def gather_metrics(
 ) -> list[LayerMetrics]:
     """Reduce the probes of all ranks; every rank must call this and gets the result.
 
-    The counters start with the process, so a neuron is silent if it was zero for
-    min(silent_tokens, seen_tokens) tokens.
+    The counters start with the process, so a neuron is silent if it was not
+    selected for min(silent_tokens, seen_tokens) tokens.
 
     Args:
         runtime: this rank's TopK layers.
-        silent_tokens: tokens for which a silent neuron is zero.
+        silent_tokens: tokens for which a silent neuron is not selected.
         seen_tokens: tokens trained on since this process started.
     """
     config = runtime.config

@@ -15,6 +15,7 @@ from topk_megatron.checkpoint.pickles import StandIn
 from topk_megatron.errors import CheckpointError
 from topk_megatron.text.tokenizer import check_tokenizer_path
 from topk_megatron.train.arguments import CPU_DEFAULTS
+from topk_megatron.train.bypass import check_applied
 
 
 class Sampler:
@@ -66,6 +67,7 @@ class Sampler:
         from megatron.training import get_tokenizer
 
         self.tokenizer: Any = get_tokenizer()
+        self._checked = False
 
     @torch.no_grad()
     def __call__(
@@ -100,7 +102,11 @@ class Sampler:
         positions = torch.arange(length, device=device).unsqueeze(0)
         # True where attention is not allowed, as in Megatron's masks.
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-        return self.model(tokens, positions, mask)[0, -1].float().cpu()
+        logits = self.model(tokens, positions, mask)
+        if not self._checked:
+            self._checked = True
+            check_applied(self.runtime, training=False, when="the first forward pass")
+        return logits[0, -1].float().cpu()
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

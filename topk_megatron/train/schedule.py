@@ -22,6 +22,7 @@ from topk_megatron.model.runtime import TopKRuntime
 from topk_megatron.parallel.pipeline import SparseP2PCommunicator
 from topk_megatron.parallel.saved import SparseSaver
 from topk_megatron.parallel.verify import Verifier
+from topk_megatron.train.bypass import check_applied
 
 # Flags on which both sides of a message must agree, in addition to the model's settings.
 _FLAGS = ("topk_sparse_p2p", "topk_verify")
@@ -52,6 +53,7 @@ class StepRunner:
         self.saver = SparseSaver(runtime.selections, self.verifier) if saves else None
         self.communicator: SparseP2PCommunicator | None = None
         self._prepared = False
+        self._unchecked = {"training", "evaluation"}
 
     def run_step(self, schedule: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one training or evaluation step of Megatron's schedule."""
@@ -69,6 +71,7 @@ class StepRunner:
             if kwargs.get("pg_collection") is None:
                 kwargs["pg_collection"] = _default_groups()
         result = schedule(*args, **kwargs)
+        self._check_applied("evaluation" if forward_only else "training")
         if self.verifier.active and not forward_only:
             self._report(iteration)
         return result
@@ -94,6 +97,14 @@ class StepRunner:
                 _save_sparsely(get_attr_wrapped_model(chunk, "decoder"), self.saver)
                 if get_attr_wrapped_model(chunk, "pre_process"):
                     _look_up_again(get_attr_wrapped_model(chunk, "embedding"), self.saver)
+
+    def _check_applied(self, kind: str) -> None:
+        """After the first step, and after an evaluation before it, check that each TopK ran."""
+        if kind in self._unchecked:
+            training = kind == "training"
+            check_applied(self.runtime, training=training, when=f"the first {kind} step")
+            # Replaying a CUDA graph, as evaluation does after training, calls no layer.
+            self._unchecked -= {"training", "evaluation"} if training else {"evaluation"}
 
     def _ends_in_topk(self, chunk: Any) -> bool:
         """Return whether this chunk sends the unchanged output of a TopK.

@@ -115,6 +115,23 @@ Tensor bits_to_indices_cpu(const Tensor& bits, int64_t hidden, int64_t k) {
   return indices;
 }
 
+Tensor count_bits_cpu(const Tensor& bits, int64_t hidden) {
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Int && bits.dim() > 0 &&
+                      bits.size(bits.dim() - 1) == num_words(hidden),
+                  "count_bits: bits must be int32 of shape [..., ceil(hidden / 32)]");
+  constexpr int64_t kWordsPerTask = 64;  // four cache lines of a row, so that threads share none
+  const Tensor words = torch::stable::contiguous(bits);
+  const Shape shape(words);
+  Tensor counts = torch::stable::new_empty(words, {hidden}, ScalarType::Long);
+  auto* to = static_cast<int64_t*>(counts.mutable_data_ptr());
+  std::fill_n(to, hidden, 0);
+  const auto* from = static_cast<const uint32_t*>(words.const_data_ptr());
+  torch::stable::parallel_for(0, shape.hidden, kWordsPerTask, [&](int64_t begin, int64_t end) {
+    topk_megatron::cpu_count_bits(from, to, shape.rows, hidden, begin, end);
+  });
+  return counts;
+}
+
 // Write into the caller's tensors: benchmarks time these, free of the page faults of new memory.
 void forward_out(const Tensor& x, int64_t k, std::string mode, Tensor y, Tensor bits) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && bits.is_contiguous() &&
@@ -162,6 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_megatron, CPU, m) {
   m.impl("topk_mask", TORCH_BOX(&topk_mask_cpu));
   m.impl("topk_mask_backward", TORCH_BOX(&topk_mask_backward_cpu));
   m.impl("bits_to_indices", TORCH_BOX(&bits_to_indices_cpu));
+  m.impl("count_bits", TORCH_BOX(&count_bits_cpu));
 }
 
 // Not part of the interface: only for this repository's benchmarks and tests.

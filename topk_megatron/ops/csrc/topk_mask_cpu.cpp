@@ -199,4 +199,17 @@ int64_t cpu_bits_to_indices(const uint32_t* bits, void* indices, int64_t hidden,
   return bits_to_indices(bits, static_cast<int32_t*>(indices), hidden, k, begin, end);
 }
 
+void cpu_count_bits(const uint32_t* bits, int64_t* counts, int64_t rows, int64_t hidden,
+                    int64_t begin, int64_t end) {
+  const int64_t words = (hidden + kBlock - 1) / kBlock;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t w = begin; w < end; ++w) {
+      for (uint32_t mask = bits[r * words + w]; mask != 0; mask &= mask - 1) {
+        const int64_t at = w * kBlock + __builtin_ctz(mask);
+        if (at < hidden) ++counts[at];
+      }
+    }
+  }
+}
+
 }  // namespace topk_megatron

@@ -53,4 +53,8 @@ void cpu_stream_copy(const void* src, void* dst, int64_t num_bytes, Isa isa);
 int64_t cpu_bits_to_indices(const uint32_t* bits, void* indices, int64_t hidden, int64_t k,
                             int index_bytes, int64_t begin, int64_t end);
 
+// Add to counts[j] the number of rows in which bit j is set, for words [begin, end) of each row.
+void cpu_count_bits(const uint32_t* bits, int64_t* counts, int64_t rows, int64_t hidden,
+                    int64_t begin, int64_t end);
+
 }  // namespace topk_megatron

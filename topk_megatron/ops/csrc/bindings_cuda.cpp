@@ -83,6 +83,22 @@ Tensor bits_to_indices_cuda(const Tensor& bits, int64_t hidden, int64_t k) {
   return indices;
 }
 
+Tensor count_bits_cuda(const Tensor& bits, int64_t hidden) {
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Int && bits.dim() > 0 && hidden >= 1 &&
+                      hidden <= INT32_MAX && bits.size(bits.dim() - 1) == num_words(hidden),
+                  "count_bits: bits must be int32 of shape [..., ceil(hidden / 32)]");
+  const torch::stable::accelerator::DeviceGuard guard(bits.get_device_index());
+  const Tensor words = torch::stable::contiguous(bits);
+  Tensor counts = torch::stable::fill_(
+      torch::stable::new_empty(words, std::vector<int64_t>{hidden}, ScalarType::Long), 0.0);
+  check_launch(topk_count_bits_cuda(static_cast<const uint32_t*>(words.const_data_ptr()),
+                                    static_cast<int64_t*>(counts.mutable_data_ptr()),
+                                    Shape(words).rows, static_cast<int>(hidden),
+                                    current_stream(words)),
+               "count_bits");
+  return counts;
+}
+
 void check_indices(const Tensor& like, const Tensor& indices) {
   const ScalarType type = indices.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Short ||
@@ -135,6 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_megatron, CUDA, m) {
   m.impl("topk_mask", TORCH_BOX(&topk_mask_cuda));
   m.impl("topk_mask_backward", TORCH_BOX(&topk_mask_backward_cuda));
   m.impl("bits_to_indices", TORCH_BOX(&bits_to_indices_cuda));
+  m.impl("count_bits", TORCH_BOX(&count_bits_cuda));
   m.impl("gather_row", TORCH_BOX(&gather_row_cuda));
   m.impl("scatter_row", TORCH_BOX(&scatter_row_cuda));
 }

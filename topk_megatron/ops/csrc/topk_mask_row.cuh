@@ -183,7 +183,7 @@ class WarpChunks {
   // The same, but reads held chunks again, too: for what rarely happens, in little code.
   template <class F>
   TOPK_INLINE void for_each_read(F f) const {
-    constexpr int kStep = kHeld > 0 ? 2 : kUnroll;
+    constexpr int kStep = kHeld >= 4 ? 4 : 2;
     for (uint32_t v = 0; v < count_; v += kStep) {
 #pragma unroll
       for (int u = 0; u < kStep; ++u) {

@@ -75,19 +75,23 @@ TOPK_INLINE void jump_over_gap(Team<kOneWarp>& team, const Chunks& chunks, bool 
   constexpr uint32_t kSign = 0x80000000u;  // turns orders into unsigned words in the same order
   const uint32_t bound = Fmt::bound_of(at_low ? bracket.low : bracket.high);
   uint32_t nearest = at_low ? Fmt::kPositiveInfinity : Fmt::kPad;
-  chunks.for_each_read([&](uint32_t, int, const uint32_t(&raw)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t above = Fmt::above(raw[i], bound), value = Fmt::compared(raw[i]);
-      nearest = at_low ? Fmt::smaller(nearest, select(above, value, Fmt::kPositiveInfinity))
-                       : Fmt::larger(nearest, select(above, Fmt::kPad, value));
-    }
-  });
   if (at_low) {
+    chunks.for_each_read([&](uint32_t, int, const uint32_t(&raw)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        nearest = Fmt::smaller(nearest, select(Fmt::above(raw[i], bound), Fmt::compared(raw[i]),
+                                               Fmt::kPositiveInfinity));
+    });
     const uint32_t of_lane = static_cast<uint32_t>(Fmt::smallest_order(nearest)) ^ kSign;
     const uint32_t of_row = team.min(__reduce_min_sync(kFullWarp, of_lane));
     bracket.low = static_cast<int>(of_row ^ kSign) - 1;
   } else {
+    chunks.for_each_read([&](uint32_t, int, const uint32_t(&raw)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        nearest = Fmt::larger(nearest, select(Fmt::above(raw[i], bound), Fmt::kPad,
+                                              Fmt::compared(raw[i])));
+    });
     const uint32_t of_lane = static_cast<uint32_t>(Fmt::largest_order(nearest)) ^ kSign;
     const uint32_t of_row = team.max(__reduce_max_sync(kFullWarp, of_lane));
     bracket.high = static_cast<int>(of_row ^ kSign);

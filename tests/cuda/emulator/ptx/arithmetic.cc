@@ -257,15 +257,6 @@ double round_to_integer(double x, const Instruction& i) {
   return i.has("rzi") ? trunc(x) : x;
 }
 
-uint64_t float_to_integer(double x, const Type& to, const Instruction& i) {
-  if (x != x) return to.bits == 64 ? 1ull << 63 : 0;
-  x = trunc(round_to_integer(x, i));
-  const double end = ldexp(1, to.is_signed() ? to.bits - 1 : to.bits);
-  if (!to.is_signed()) return x >= end ? low_bits(to.bits) : x < 0 ? 0 : static_cast<uint64_t>(x);
-  if (x >= end) return low_bits(to.bits - 1);
-  return x < -end ? 1ull << (to.bits - 1) : static_cast<uint64_t>(static_cast<int64_t>(x));
-}
-
 uint64_t integer_to_integer(uint64_t value, const Instruction& i) {
   const Type &to = i.type, &from = i.source;
   const int64_t x = from.is_signed() ? sign_extend(value, from.bits)
@@ -277,28 +268,18 @@ uint64_t integer_to_integer(uint64_t value, const Instruction& i) {
   return negative ? 0 : std::min<uint64_t>(x, most);
 }
 
-// A 64-bit integer does not fit a double: it is split, and the parts are added to odd.
-double integer_value(uint64_t value, const Type& from) {
-  if (from.is_signed()) {
-    const int64_t x = sign_extend(value, from.bits);
-    return odd_sum(static_cast<double>(x >> 32) * 4294967296.0, static_cast<uint32_t>(x));
-  }
-  value &= low_bits(from.bits);
-  return odd_sum(static_cast<double>(value >> 32) * 4294967296.0, static_cast<uint32_t>(value));
-}
-
 uint64_t convert_one(uint64_t value, const Instruction& i) {
   const Type &to = i.type, &from = i.source;
   if (!from.is_float()) {
     if (!to.is_float()) return integer_to_integer(value, i);
-    const bool exact_double = to.format == Float::kDouble;
-    return exact_double && from.is_signed()
-               ? encode(static_cast<double>(sign_extend(value, from.bits)), to.format)
-           : exact_double ? encode(static_cast<double>(value & low_bits(from.bits)), to.format)
-                          : encode(integer_value(value, from), to.format, i.rounding);
+    if (to.format == Float::kDouble) stop("conversion to float64 is not supported: " + i.text);
+    const double exact = odd_integer(value, from.bits, from.is_signed());
+    return encode(exact, to.format, i.rounding);
   }
   const double x = read(value, from, i.flush && from.format == Float::kSingle);
-  if (!to.is_float()) return float_to_integer(x, to, i);
+  if (!to.is_float())
+    return to_integer(round_to_integer(x, i), to.bits, to.is_signed(),
+                      to.bits == 64 ? 1ull << 63 : 0);
   double rounded = round_to_integer(x, i);
   uint64_t bits = write(rounded, to, i);
   const Format& format = format_of(to.format);

@@ -33,7 +33,17 @@ uint64_t carries_in(const Machine& m, const Parts& parts, int lane) {
   return sum;
 }
 
+// VIADD.16x2: no carry from the lower half to the upper one.
+void add_halves(Machine& m, const Instruction& i, uint32_t lanes) {
+  compute(m, i, lanes, [&](int lane, const Parts& parts) {
+    const uint32_t a = m.bits(*parts.sources[0], lane), b = m.bits(*parts.sources[1], lane);
+    if (parts.sources[0]->minus || parts.sources[1]->minus) m.fail("a minus of halves", lane);
+    return ((a + b) & 0xffff) | ((a & 0xffff0000u) + (b & 0xffff0000u));
+  });
+}
+
 void add3(Machine& m, const Instruction& i, uint32_t lanes) {
+  if (i.has("16x2")) return add_halves(m, i, lanes);
   compute(m, i, lanes, [&](int lane, const Parts& parts) {
     uint64_t sum = carries_in(m, parts, lane);
     for (const Operand* source : parts.sources) sum += term(m, *source, lane);
@@ -84,9 +94,22 @@ void absolute_difference(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
+uint32_t smaller_or_larger(uint32_t a, uint32_t b, bool is_signed, bool minimum) {
+  const bool b_smaller = is_signed ? static_cast<int32_t>(b) < static_cast<int32_t>(a) : b < a;
+  return b_smaller == minimum ? b : a;
+}
+
+// The extremum of each half: shifted to the top, they compare like words.
+uint32_t extremum_of_halves(uint32_t a, uint32_t b, bool is_signed, bool minimum) {
+  const uint32_t upper = smaller_or_larger(a & 0xffff0000u, b & 0xffff0000u, is_signed, minimum);
+  return upper | smaller_or_larger(a << 16, b << 16, is_signed, minimum) >> 16;
+}
+
 // The last predicate asks for the minimum. VIADDMNMX first adds its first two sources.
 void extremum_of(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool is_unsigned = i.has("U32");
+  const bool halves = i.has("U16x2") || i.has("S16x2");
+  const bool is_signed = !i.has("U32") && !i.has("U16x2");
+  if (halves && (i.has("RELU") || i.opcode == "VIADDMNMX")) m.fail("form is not supported", 0);
   compute(m, i, lanes, [&](int lane, const Parts& parts) {
     const bool minimum = m.predicate(*parts.reads[0], lane);
     size_t n = 0;
@@ -94,9 +117,8 @@ void extremum_of(Machine& m, const Instruction& i, uint32_t lanes) {
     if (i.opcode == "VIADDMNMX") best += m.integer(*parts.sources[n++], lane);
     for (; n < parts.sources.size(); ++n) {
       const uint32_t next = m.integer(*parts.sources[n], lane);
-      const bool smaller =
-          is_unsigned ? next < best : static_cast<int32_t>(next) < static_cast<int32_t>(best);
-      if (smaller == minimum) best = next;
+      best = halves ? extremum_of_halves(best, next, is_signed, minimum)
+                    : smaller_or_larger(best, next, is_signed, minimum);
     }
     return i.has("RELU") && static_cast<int32_t>(best) < 0 ? 0 : best;
   });
@@ -201,9 +223,13 @@ void load_effective_address(Machine& m, const Instruction& i, uint32_t lanes) {
 }
 
 void permute(Machine& m, const Instruction& i, uint32_t lanes) {
+  std::string mode = i.modifiers.empty() ? "" : i.modifiers[0];
+  for (char& c : mode) c = static_cast<char>(tolower(c));
   compute(m, i, lanes, [&](int lane, const Parts& parts) {
     const auto& s = parts.sources;
-    return permute_bytes(m.bits(*s[0], lane), m.bits(*s[2], lane), m.bits(*s[1], lane));
+    const uint32_t by = m.bits(*s[1], lane);
+    const uint32_t selector = mode.empty() ? by : permute_selector(mode, by);
+    return permute_bytes(m.bits(*s[0], lane), m.bits(*s[2], lane), selector);
   });
 }
 
@@ -288,6 +314,19 @@ void register_to_predicates(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
+// I2I.to.from.SAT: the nearest number of the narrower type.
+void saturate_integer(Machine& m, const Instruction& i, uint32_t lanes) {
+  const int bits = atoi(i.modifiers[0].c_str() + 1);
+  const bool to_signed = i.modifiers[0][0] == 'S', from_signed = i.modifiers[1][0] == 'S';
+  const int64_t most = static_cast<int64_t>(low_bits(to_signed ? bits - 1 : bits));
+  const int64_t least = to_signed ? -most - 1 : 0;
+  compute(m, i, lanes, [&](int lane, const Parts& parts) {
+    const uint32_t value = m.integer(*parts.sources[0], lane);
+    const int64_t exact = from_signed ? sign_extend(value, 32) : static_cast<int64_t>(value);
+    return static_cast<uint32_t>(std::max(least, std::min(most, exact)));
+  });
+}
+
 void move(Machine& m, const Instruction& i, uint32_t lanes) {
   compute(m, i, lanes,
           [&](int lane, const Parts& parts) { return m.integer(*parts.sources[0], lane); });
@@ -328,13 +367,13 @@ bool Relation::join(bool result, bool predicate) const {
 const Entries& integer_entries() {
   static const Entries entries = {
       {"IADD3", {add3, " X "}},
-      {"VIADD", {add3, " "}},
+      {"VIADD", {add3, " 16x2 "}},
       {"IMAD", {multiply_add, " MOV SHL IADD U32 S32 WIDE HI X "}},
       {"IABS", {absolute, " "}},
       {"VABSDIFF", {absolute_difference, " U32 "}},
       {"IMNMX", {extremum_of, " U32 S32 "}},
-      {"VIMNMX", {extremum_of, " U32 S32 RELU "}},
-      {"VIMNMX3", {extremum_of, " U32 S32 RELU "}},
+      {"VIMNMX", {extremum_of, " U32 S32 U16x2 S16x2 RELU "}},
+      {"VIMNMX3", {extremum_of, " U32 S32 U16x2 S16x2 RELU "}},
       {"VIADDMNMX", {extremum_of, " U32 S32 RELU "}},
       {"ISETP", {set_predicates, kRelations}},
       {"SEL", {select, " "}},
@@ -342,7 +381,7 @@ const Entries& integer_entries() {
       {"PLOP3", {predicate_logic, " LUT "}},
       {"SHF", {shift, " L R U32 S32 U64 S64 HI W "}},
       {"LEA", {load_effective_address, " HI X SX32 "}},
-      {"PRMT", {permute, " "}},
+      {"PRMT", {permute, " F4E B4E RC8 ECL ECR RC16 "}},
       {"SGXT", {extend_sign, " U32 W "}},
       {"BMSK", {make_mask, " W "}},
       {"IDP", {dot, " 4A 2A LO HI U8 S8 U16 S16 "}},
@@ -352,6 +391,7 @@ const Entries& integer_entries() {
       {"P2R", {predicates_to_register, " B0 B1 B2 B3 "}},
       {"R2P", {register_to_predicates, " B0 B1 B2 B3 "}},
       {"MOV", {move, " "}},
+      {"I2I", {saturate_integer, " U8 S8 U16 S16 U32 S32 SAT "}},
   };
   return entries;
 }

@@ -218,12 +218,12 @@ const uint8_t* Machine::constant(int bank, uint64_t offset, int bytes) const {
   return &constants_[offset];
 }
 
-void Machine::copy_async(int lane, uint64_t to, uint64_t from, int bytes, bool reads) {
-  if (reads) global(from, bytes, false, lane);
+void Machine::copy_async(int lane, uint64_t to, uint64_t from, int bytes, int read_bytes) {
+  if (read_bytes) global(from, bytes, false, lane);
   if (to % bytes || to < kSystemShared || to + bytes > shared_.size())
     fail("shared address misaligned or out of range", lane);
   const std::string wrong =
-      warp_->copies.add(lane, to, from, bytes, reads ? bytes : 0, shared_, warp_->index);
+      warp_->copies.add(lane, to, from, bytes, read_bytes, shared_, warp_->index);
   if (!wrong.empty()) warn(wrong, lane);
 }
 
@@ -335,10 +335,13 @@ void Machine::leave(uint32_t lanes) {
 
 // ---- Barriers of the block ----------------------------------------------------------------------
 
-void Machine::barrier(uint32_t lanes, unsigned id, unsigned threads, bool waits) {
+void Machine::barrier(uint32_t lanes, unsigned id, unsigned threads, bool waits, char reduction,
+                      uint32_t predicate) {
   Barrier& barrier = barriers_[id];
   if (barrier.arrived && barrier.expected != threads) fail("barrier with another count", 0);
   barrier.expected = threads;
+  barrier.reduction = reduction;
+  barrier.true_count += __builtin_popcount(predicate);
   if (lanes != live_lanes()) warn("barrier in divergent code", __builtin_ctz(lanes));
   shared_.release(warp_->index, barrier.clock);
   if (waits) {
@@ -351,9 +354,13 @@ void Machine::barrier(uint32_t lanes, unsigned id, unsigned threads, bool waits)
 
 void Machine::complete(Barrier& barrier) {
   ++counters_.barriers;
+  const uint32_t result = barrier.reduction == 'p'   ? barrier.true_count
+                          : barrier.reduction == 'a' ? barrier.true_count == barrier.arrived
+                                                     : barrier.true_count > 0;
   for (Warp& warp : warps_) {
     if (!barrier.waiting[warp.index]) continue;
     shared_.acquire(warp.index, barrier.clock);
+    if (barrier.reduction) warp.barrier_result = result;
     each(barrier.waiting[warp.index], [&](int lane) { warp.state[lane] = State::kReady; });
   }
   barrier = Barrier();

@@ -97,6 +97,8 @@ uint32_t combine(const Instruction& i, uint32_t old, uint32_t b, uint32_t c) {
   if (i.has("EXCH")) return b;
   if (i.has("CAS")) return old == b ? c : old;
   if (i.has("POPC")) return old + 1;
+  if (i.has("INC")) return old >= b ? 0 : old + 1;
+  if (i.has("DEC")) return old == 0 || old > b ? b : old - 1;
   if (i.opcode == "REDUX") return old & b;  // no name: AND
   stop("unsupported atomic operation: " + i.text);
 }
@@ -131,13 +133,17 @@ void atomic(Machine& m, const Instruction& i, uint32_t lanes) {
 }
 
 // LDGSTS [shared], desc[..][global]: cp.async. A predicate says whether it reads or writes zeros.
+// With ZFILL, the address is misaligned by the number of bytes at the end that become zeros.
 void copy_async(Machine& m, const Instruction& i, uint32_t lanes) {
   const int bytes = access_bytes(i);
   uint64_t from[kWarpLanes];
   m.each(lanes, [&](int lane) {
     from[lane] = m.address(i.operands[1], lane);
+    const int skipped = i.has("ZFILL") ? static_cast<int>(from[lane] % bytes) : 0;
+    from[lane] -= skipped;
     const bool reads = i.operands.size() < 3 || m.predicate(i.operands[2], lane);
-    m.copy_async(lane, m.address(i.operands[0], lane), from[lane], bytes, reads);
+    m.copy_async(lane, m.address(i.operands[0], lane), from[lane], bytes,
+                 reads ? bytes - skipped : 0);
   });
   m.counters().count_global(lanes, from, bytes, false);
 }
@@ -246,13 +252,28 @@ void sync_warp(Machine& m, const Instruction& i, uint32_t lanes) {
 
 void end_collective(Machine& m, const Instruction&, uint32_t lanes) { m.end_collective(lanes); }
 
-// BAR.SYNC number, threads; BAR.ARV number, threads
+// BAR.SYNC number, threads; BAR.ARV number, threads; BAR.RED.POPC number, threads, predicate
 void barrier(Machine& m, const Instruction& i, uint32_t lanes) {
   const int first = __builtin_ctz(lanes);
   const uint32_t id = m.bits(i.operands[0], first);
-  const uint32_t threads = i.operands.size() > 1 ? m.bits(i.operands[1], first) : 0;
+  const bool counted = i.operands.size() > 1 && !i.operands[1].is_predicate();
+  const uint32_t threads = counted ? m.bits(i.operands[1], first) : 0;
   if (id >= 16) m.fail("a barrier's number is below 16", first);
-  m.barrier(lanes, id, threads, !i.has("ARV"));
+  if (!i.has("RED")) return m.barrier(lanes, id, threads, !i.has("ARV"));
+  uint32_t predicate = 0;
+  m.each(lanes, [&](int lane) {
+    if (m.predicate(i.operands.back(), lane)) predicate |= 1u << lane;
+  });
+  m.barrier(lanes, id, threads, true, i.has("POPC") ? 'p' : i.has("AND") ? 'a' : 'o', predicate);
+}
+
+// B2R.RESULT R, P: what the last BAR.RED found.
+void barrier_to_register(Machine& m, const Instruction& i, uint32_t lanes) {
+  const uint32_t result = m.warp().barrier_result;
+  m.each(lanes, [&](int lane) {
+    m.set(i.operands[0], lane, result);
+    if (i.operands.size() > 1) m.set_predicate(i.operands[1], lane, result != 0);
+  });
 }
 
 // ---- Operations of a warp -----------------------------------------------------------------------
@@ -286,7 +307,8 @@ void vote(Machine& m, const Instruction& i, uint32_t lanes) {
   m.each(lanes, [&](int lane) {
     if (m.predicate(i.operands.back(), lane)) votes |= 1u << lane;
   });
-  const bool result = i.has("ALL") ? votes == lanes : votes != 0;
+  const bool all = votes == lanes, none = votes == 0;
+  const bool result = i.has("ALL") ? all : i.has("EQ") ? all || none : !none;
   for (size_t n = 0; n + 1 < i.operands.size(); ++n)
     m.each(lanes, [&](int lane) {
       if (i.operands[n].is_predicate()) {
@@ -295,6 +317,13 @@ void vote(Machine& m, const Instruction& i, uint32_t lanes) {
         m.set(i.operands[n], lane, votes);
       }
     });
+}
+
+// ELECT P, UR, Pin: the first lane.
+void elect(Machine& m, const Instruction& i, uint32_t lanes) {
+  const int chosen = __builtin_ctz(lanes);
+  m.each(lanes, [&](int lane) { m.set_predicate(i.operands[0], lane, lane == chosen); });
+  m.set(i.operands[1], chosen, static_cast<uint32_t>(chosen));
 }
 
 // MATCH.ANY R, Rin; MATCH.ALL P, R, Rin
@@ -325,9 +354,9 @@ void reduce(Machine& m, const Instruction& i, uint32_t lanes) {
 
 const char* const kAccess =
     " E 128 64 32 U8 S8 U16 S16 CONSTANT EL EF LU EU NA STRONG WEAK GPU SM SYS CTA LTC64B LTC128B "
-    "LTC256B BYPASS ACCESS ";
+    "LTC256B BYPASS ACCESS ZFILL ";
 const char* const kAtomic =
-    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC 32 S32 U32 STRONG GPU SYS SM CTA ";
+    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC DEC 32 S32 U32 STRONG GPU SYS SM CTA ";
 
 }  // namespace
 
@@ -368,10 +397,12 @@ const Entries& movement_entries() {
       {"BMOV", {move_convergence, " 32 CLEAR "}},
       {"WARPSYNC", {sync_warp, " ALL COLLECTIVE "}},
       {"ENDCOLLECTIVE", {end_collective, " "}},
-      {"BAR", {barrier, " SYNC ARV DEFER_BLOCKING "}},
+      {"BAR", {barrier, " SYNC ARV RED POPC AND OR DEFER_BLOCKING "}},
+      {"B2R", {barrier_to_register, " RESULT "}},
       {"SHFL", {shuffle, " IDX UP DOWN BFLY "}},
-      {"VOTE", {vote, " ANY ALL "}},
-      {"VOTEU", {vote, " ANY ALL "}},
+      {"VOTE", {vote, " ANY ALL EQ "}},
+      {"VOTEU", {vote, " ANY ALL EQ "}},
+      {"ELECT", {elect, " "}},
       {"MATCH", {match, " ANY ALL U32 U64 "}},
       {"REDUX", {reduce, " SUM MIN MAX OR XOR S32 "}},
   };

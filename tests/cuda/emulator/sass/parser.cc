@@ -207,6 +207,10 @@ Instruction parse_instruction(const string& line) {
     for (const string& operand : split(rest.substr(end), i.opcode == "RET" ? ' ' : ','))
       i.operands.push_back(parse_operand(operand));
   join_halves(i);
+  const bool global = i.opcode.back() == 'G' || i.opcode == "RED";
+  for (Operand& operand : i.operands)  // global addresses are pairs, said or unsaid
+    if (global && operand.place == Place::kMemory && operand.memory.reg >= 0)
+      operand.memory.wide = true;
   return i;
 }
 

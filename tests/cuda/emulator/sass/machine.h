@@ -17,6 +17,8 @@
 namespace emulator::sass {
 
 constexpr int kNumRegisters = 256, kNumUniforms = 64, kNumPredicates = 8, kNumConvergence = 16;
+// The first bytes of a block's shared memory belong to the system on sm_90.
+constexpr int kSystemShared = 1024;
 
 enum class State : uint8_t { kReady, kAtConvergence, kAtWarpSync, kAtBarrier, kDone };
 

@@ -1,10 +1,12 @@
 """Builds what the CUDA tests execute, once per session."""
 
 import os
+from pathlib import Path
 
 import pytest
 from emulated import EmulatedKernels, build, find_compiler
-from machine_code import Toolchain, find_cuda_tool, find_nvcc
+from machine_code import Language, Toolchain, find_cuda_tool, find_nvcc
+from snippets import Compile, SnippetRunner, module
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,23 @@ def cuobjdump() -> str:
     if found is None:
         pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
     return found
+
+
+@pytest.fixture(scope="module", params=["ptx", "sass"])
+def language(request: pytest.FixtureRequest) -> Language:
+    return request.param
+
+
+@pytest.fixture
+def compiled(
+    language: Language, toolchain: Toolchain, tmp_path: Path, request: pytest.FixtureRequest
+) -> Compile:
+    """Return a function that prepares snippets for execution."""
+    cuobjdump = request.getfixturevalue("cuobjdump") if language == "sass" else None
+
+    def prepare(bodies: dict[str, str], declarations: str = "") -> SnippetRunner:
+        ptx = tmp_path / "snippet.ptx"
+        ptx.write_text(module(bodies, declarations))
+        return toolchain.snippets(language, ptx, cuobjdump)
+
+    return prepare

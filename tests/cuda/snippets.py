@@ -5,10 +5,10 @@ Every thread of a snippet reads three words into %a, %b and %c and writes the wo
 
 import math
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -80,6 +80,12 @@ class SnippetRunner:
         assert result.returncode == 0, result.stderr
         assert not result.stderr, result.stderr
         return out
+
+
+class Compile(Protocol):
+    """Prepares kernels, given as PTX, for execution in the emulator."""
+
+    def __call__(self, bodies: dict[str, str], declarations: str = "") -> SnippetRunner: ...
 
 
 # ---- Exact references ----------------------------------------------------------------------------
@@ -163,6 +169,3 @@ def nasty_patterns(f: Format, seed: int = 0) -> np.ndarray:
     negative = [x | 1 << (f.bits - 1) for x in positive]
     random = np.random.default_rng(seed).integers(0, 2**f.bits, 20)
     return np.array([*positive, *negative, *random], dtype=np.uint32)
-
-
-Reference = Callable[[int, int, int], int | None]

@@ -4,6 +4,9 @@
 // fails here, too.
 #include "cuda_runtime.h"
 
+#include <string.h>
+
+#include <algorithm>
 #include <map>
 #include <vector>
 
@@ -13,13 +16,14 @@ namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidDeviceFunction = 98;
 constexpr size_t kSharedWithoutAsking = 48 << 10;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kThreadsPerProcessor = 2048, kBlocksPerProcessor = 32;
+constexpr int kSharedPerProcessor = 228 << 10;
 
 // Attributes of an H100, by the numbers of cudaDeviceAttr.
 const std::map<int, int> kAttributes = {
     {1, kMaxThreads}, {8, kSharedWithoutAsking}, {10, kWarpLanes}, {12, 65536},
-    {39, 2048},       {75, 9},                   {76, 0},          {81, 228 << 10}, {82, 65536},
-    {106, 32}};
+    {39, kThreadsPerProcessor}, {75, 9}, {76, 0}, {81, kSharedPerProcessor}, {82, 65536},
+    {106, kBlocksPerProcessor}};
 constexpr int kSharedOptIn = 97, kMultiprocessors = 16;
 
 struct Function {
@@ -139,17 +143,31 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
   emulator::functions()[host].shared_allowed = value;
   return emulator::kSuccess;
 }
-// One block at a time, so that a persistent grid has fewer blocks than there is work for.
-int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t,
-                                                           unsigned) {
-  *blocks = 1;
-  return emulator::kSuccess;
-}
 int cudaGetLastError() {
   const int error = emulator::last_error;
   emulator::last_error = emulator::kSuccess;
   return error;
 }
 int cudaPeekAtLastError() { return emulator::last_error; }
+const char* cudaGetErrorString(int) { return "an error of the emulated CUDA runtime"; }
+int cudaMemsetAsync(void* start, int value, size_t bytes, void*) {
+  if (emulator::device().memory.fault(reinterpret_cast<uint64_t>(start), 1, true))
+    return emulator::last_error = emulator::kInvalidValue;
+  memset(start, value, bytes);
+  return emulator::kSuccess;
+}
+// One block at a time, so that a persistent grid has fewer blocks than there is work for.
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads,
+                                                           size_t shared_bytes, unsigned) {
+  const bool possible = threads >= 1 && threads <= emulator::kMaxThreads &&
+                        shared_bytes <= emulator::device().shared_limit;
+  *blocks = possible;
+  return possible ? emulator::kSuccess : emulator::kInvalidValue;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                  size_t shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads,
+                                                                shared_bytes, 0);
+}
 
 }  // extern "C"

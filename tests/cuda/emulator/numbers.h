@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <array>
+#include <map>
 #include <string>
 
 namespace emulator {
@@ -166,6 +168,15 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+// The selector that a mode of prmt such as "f4e" stands for, with the lowest two bits of its operand.
+inline uint32_t permute_selector(const std::string& mode, uint32_t by) {
+  static const std::map<std::string, std::array<uint16_t, 4>> selectors = {
+      {"f4e", {0x3210, 0x4321, 0x5432, 0x6543}}, {"b4e", {0x5670, 0x6701, 0x7012, 0x0123}},
+      {"rc8", {0x0000, 0x1111, 0x2222, 0x3333}}, {"ecl", {0x3210, 0x3211, 0x3222, 0x3333}},
+      {"ecr", {0x0000, 0x1110, 0x2210, 0x3210}}, {"rc16", {0x1010, 0x3232, 0x1010, 0x3232}}};
+  return selectors.at(mode)[by & 3];
+}
+
 // The sum of products of `count` parts of a (of 32 / count bits) with the bytes of b.
 inline uint32_t dot_product(uint32_t a, bool a_signed, uint32_t b, bool b_signed, int count,
                             uint32_t addend) {
@@ -190,6 +201,25 @@ inline int highest_bit(uint64_t value, int bits, bool is_signed) {
   value &= low_bits(bits);
   if (is_signed && value >> (bits - 1)) value = ~value & low_bits(bits);
   return value ? 63 - __builtin_clzll(value) : -1;
+}
+
+// An integer as a double, rounded to odd: it is split, since 64 bits do not fit.
+inline double odd_integer(uint64_t value, int bits, bool is_signed) {
+  if (is_signed) value = static_cast<uint64_t>(sign_extend(value, bits));
+  if (!is_signed) value &= low_bits(bits);
+  const double upper = is_signed ? static_cast<double>(static_cast<int64_t>(value) >> 32)
+                                 : static_cast<double>(value >> 32);
+  return odd_sum(upper * 4294967296.0, static_cast<uint32_t>(value));
+}
+
+// Rounded towards zero; out of range, the nearest integer; NaN becomes `of_nan`.
+inline uint64_t to_integer(double x, int bits, bool is_signed, uint64_t of_nan) {
+  if (x != x) return of_nan;
+  x = trunc(x);
+  const double end = ldexp(1, is_signed ? bits - 1 : bits);
+  if (x >= end) return low_bits(is_signed ? bits - 1 : bits);
+  if (!is_signed) return x < 0 ? 0 : static_cast<uint64_t>(x);
+  return x < -end ? 1ull << (bits - 1) : static_cast<uint64_t>(static_cast<int64_t>(x));
 }
 
 enum class Shuffle { kIndex, kUp, kDown, kButterfly };

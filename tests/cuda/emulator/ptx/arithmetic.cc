@@ -1,4 +1,4 @@
-// Arithmetic, comparison and conversion, on scalars and on packed halves.
+// Arithmetic, on scalars and on packed halves.
 //
 // Approximations (rcp, sqrt, rsqrt, ex2, lg2, div.approx, sin, cos, tanh) are computed with libm and
 // rounded once. The hardware's last bits differ: no result may depend on them.
@@ -9,18 +9,6 @@
 namespace emulator::ptx {
 
 namespace {
-
-double read(uint64_t bits, const Type& type, bool flush) {
-  bits &= low_bits(type.bits);
-  return decode(flush ? flush_subnormal(bits, type.format) : bits, type.format);
-}
-
-uint64_t write(double value, const Type& type, const Instruction& i) {
-  if (i.saturate) value = saturate(value);
-  if (i.relu && value < 0) value = 0;
-  const uint64_t bits = encode(value, type.format, i.rounding);
-  return i.flush ? flush_subnormal(bits, type.format) : bits;
-}
 
 // Applies f to each element of up to three packed operands: f(a, b, c), as patterns.
 template <class F>
@@ -69,11 +57,6 @@ void on_integers(Machine& m, const Instruction& i, uint32_t lanes, F f) {
 
 double sum(double a, double b, const Type& type) {
   return type.format == Float::kDouble ? a + b : odd_sum(a, b);
-}
-
-uint64_t clamp_signed(int64_t value, int bits) {
-  const int64_t most = static_cast<int64_t>(low_bits(bits) >> 1);
-  return std::max(-most - 1, std::min(most, value));
 }
 
 void add(Machine& m, const Instruction& i, uint32_t lanes) {
@@ -210,150 +193,7 @@ void dot(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
-// ---- Comparison ---------------------------------------------------------------------------------
-
-void set_predicate(Machine& m, const Instruction& i, uint32_t lanes) {
-  const Relation relation(i);
-  const Type& t = i.type;
-  m.each(lanes, [&](int lane) {
-    const uint64_t a = m.get(i.operands[1], lane), b = m.get(i.operands[2], lane);
-    const bool other = i.operands.size() > 3 && m.get(i.operands[3], lane);
-    const bool low = compare(relation.name, a, b, t, i.flush);
-    // Packed halves: a predicate each. Otherwise the second predicate is the negated comparison.
-    const bool second =
-        t.elements > 1 ? compare(relation.name, a >> t.bits, b >> t.bits, t, i.flush) : !low;
-    m.set(i.operands[0], lane, relation.join(low, other));
-    if (i.operands[0].second >= 0)
-      m.set_register(i.operands[0].second, lane, relation.join(second, other));
-  });
-}
-
-// The result of a comparison is 1.0 as a float and all ones as an integer. An integer result of
-// packed halves has the ones of each half in that half.
-void set_value(Machine& m, const Instruction& i, uint32_t lanes) {
-  const Relation relation(i);
-  const Type &to = i.type, &from = i.source;
-  m.each(lanes, [&](int lane) {
-    const uint64_t a = m.get(i.operands[1], lane), b = m.get(i.operands[2], lane);
-    const bool other = i.operands.size() > 3 && m.get(i.operands[3], lane);
-    const int width = from.elements > 1 ? from.bits : to.bits;
-    const uint64_t one = to.is_float() ? encode(1, to.format) : low_bits(width);
-    uint64_t result = 0;
-    for (int e = 0; e < from.elements; ++e) {
-      const int shift = e * from.bits;
-      const bool holds = compare(relation.name, a >> shift, b >> shift, from, i.flush);
-      if (relation.join(holds, other)) result |= one << (e * width);
-    }
-    m.set(i.operands[0], lane, result);
-  });
-}
-
-// ---- Conversion ---------------------------------------------------------------------------------
-
-double round_to_integer(double x, const Instruction& i) {
-  if (i.has("rni")) return nearbyint(x);
-  if (i.has("rmi")) return floor(x);
-  if (i.has("rpi")) return ceil(x);
-  return i.has("rzi") ? trunc(x) : x;
-}
-
-uint64_t float_to_integer(double x, const Type& to, const Instruction& i) {
-  if (x != x) return to.bits == 64 ? 1ull << 63 : 0;
-  x = trunc(round_to_integer(x, i));
-  const double end = ldexp(1, to.is_signed() ? to.bits - 1 : to.bits);
-  if (!to.is_signed()) return x >= end ? low_bits(to.bits) : x < 0 ? 0 : static_cast<uint64_t>(x);
-  if (x >= end) return low_bits(to.bits - 1);
-  return x < -end ? 1ull << (to.bits - 1) : static_cast<uint64_t>(static_cast<int64_t>(x));
-}
-
-uint64_t integer_to_integer(uint64_t value, const Instruction& i) {
-  const Type &to = i.type, &from = i.source;
-  const int64_t x = from.is_signed() ? sign_extend(value, from.bits)
-                                     : static_cast<int64_t>(value & low_bits(from.bits));
-  if (!i.saturate) return to.is_signed() ? sign_extend(x, to.bits) : x & low_bits(to.bits);
-  const bool negative = from.is_signed() && x < 0;
-  if (to.is_signed() && negative) return clamp_signed(x, to.bits);
-  const uint64_t most = low_bits(to.is_signed() ? to.bits - 1 : to.bits);
-  return negative ? 0 : std::min<uint64_t>(x, most);
-}
-
-// A 64-bit integer does not fit a double: it is split, and the parts are added to odd.
-double integer_value(uint64_t value, const Type& from) {
-  if (from.is_signed()) {
-    const int64_t x = sign_extend(value, from.bits);
-    return odd_sum(static_cast<double>(x >> 32) * 4294967296.0, static_cast<uint32_t>(x));
-  }
-  value &= low_bits(from.bits);
-  return odd_sum(static_cast<double>(value >> 32) * 4294967296.0, static_cast<uint32_t>(value));
-}
-
-uint64_t convert_one(uint64_t value, const Instruction& i) {
-  const Type &to = i.type, &from = i.source;
-  if (!from.is_float()) {
-    if (!to.is_float()) return integer_to_integer(value, i);
-    const bool exact_double = to.format == Float::kDouble;
-    return exact_double && from.is_signed()
-               ? encode(static_cast<double>(sign_extend(value, from.bits)), to.format)
-           : exact_double ? encode(static_cast<double>(value & low_bits(from.bits)), to.format)
-                          : encode(integer_value(value, from), to.format, i.rounding);
-  }
-  const double x = read(value, from, i.flush && from.format == Float::kSingle);
-  if (!to.is_float()) return float_to_integer(x, to, i);
-  double rounded = round_to_integer(x, i);
-  uint64_t bits = write(rounded, to, i);
-  const Format& format = format_of(to.format);
-  if (i.has("satfinite") && (bits & ~(1ull << (format.bits - 1))) == format.infinity)
-    bits = (bits & 1ull << (format.bits - 1)) | (format.infinity - 1);
-  return bits;
-}
-
-void convert(Machine& m, const Instruction& i, uint32_t lanes) {
-  m.each(lanes, [&](int lane) {
-    uint64_t result = convert_one(m.get(i.operands[1], lane), i);
-    if (i.operands.size() == 3)  // two values to packed halves: the first is the upper one
-      result = result << i.type.bits | convert_one(m.get(i.operands[2], lane), i);
-    m.set(i.operands[0], lane, result);
-  });
-}
-
 }  // namespace
-
-bool compare(const std::string& relation, uint64_t a, uint64_t b, const Type& type, bool flush) {
-  static const std::map<std::string, Compare> relations = {
-      {"eq", Compare::kEq},   {"ne", Compare::kNe},   {"lt", Compare::kLt},   {"le", Compare::kLe},
-      {"gt", Compare::kGt},   {"ge", Compare::kGe},   {"equ", Compare::kEqu}, {"neu", Compare::kNeu},
-      {"ltu", Compare::kLtu}, {"leu", Compare::kLeu}, {"gtu", Compare::kGtu}, {"geu", Compare::kGeu},
-      {"num", Compare::kNum}, {"nan", Compare::kNan}, {"lo", Compare::kLt},   {"ls", Compare::kLe},
-      {"hi", Compare::kGt},   {"hs", Compare::kGe}};
-  const auto found = relations.find(relation);
-  if (found == relations.end()) stop("unknown comparison " + relation);
-  if (type.is_float())
-    return compare_floats(found->second, read(a, type, flush), read(b, type, flush));
-  const bool as_signed = type.is_signed() && relation != "lo" && relation != "ls" &&
-                         relation != "hi" && relation != "hs";
-  return as_signed ? compare_ordered(found->second, sign_extend(a, type.bits),
-                                     sign_extend(b, type.bits))
-                   : compare_ordered(found->second, a & low_bits(type.bits),
-                                     b & low_bits(type.bits));
-}
-
-Relation::Relation(const Instruction& instruction) : name(instruction.modifiers[0]) {
-  for (size_t i = 1; i < instruction.modifiers.size(); ++i) {
-    const std::string& m = instruction.modifiers[i];
-    if (m == "and") combine = '&';
-    if (m == "or") combine = '|';
-    if (m == "xor") combine = '^';
-  }
-}
-
-bool Relation::join(bool result, bool predicate) const {
-  switch (combine) {
-    case '&': return result && predicate;
-    case '|': return result || predicate;
-    case '^': return result != predicate;
-    default: return result;
-  }
-}
 
 const Handlers& arithmetic_handlers() {
   static const Handlers handlers = {
@@ -379,9 +219,6 @@ const Handlers& arithmetic_handlers() {
       {"sin", function<sin>},
       {"cos", function<cos>},
       {"tanh", function<tanh>},
-      {"setp", set_predicate},
-      {"set", set_value},
-      {"cvt", convert},
   };
   return handlers;
 }

@@ -70,15 +70,6 @@ void look_up_3(Machine& m, const Instruction& i, uint32_t lanes) {
            [](uint64_t a, uint64_t b, uint64_t c, uint64_t d) -> uint64_t { return logic3(a, b, c, d); });
 }
 
-// The selector that a prmt mode with the selector's two lowest bits stands for.
-uint32_t permute_selector(const std::string& mode, uint32_t by) {
-  static const std::map<std::string, std::array<uint16_t, 4>> selectors = {
-      {"f4e", {0x3210, 0x4321, 0x5432, 0x6543}},  {"b4e", {0x5670, 0x6701, 0x7012, 0x0123}},
-      {"rc8", {0x0000, 0x1111, 0x2222, 0x3333}},  {"ecl", {0x3210, 0x3211, 0x3222, 0x3333}},
-      {"ecr", {0x0000, 0x1110, 0x2210, 0x3210}},  {"rc16", {0x1010, 0x3232, 0x1010, 0x3232}}};
-  return selectors.at(mode)[by & 3];
-}
-
 void permute(Machine& m, const Instruction& i, uint32_t lanes) {
   const std::string mode = i.modifiers.size() > 1 ? i.modifiers[1] : "";
   lanewise(m, i, lanes, [&](uint64_t a, uint64_t b, uint64_t c, uint64_t) -> uint64_t {

@@ -242,7 +242,8 @@ const Handlers& movement_handlers() {
 }
 
 Handler find_handler(const std::string& opcode) {
-  for (const Handlers* handlers : {&arithmetic_handlers(), &bit_handlers(), &movement_handlers()}) {
+  for (const Handlers* handlers : {&arithmetic_handlers(), &comparison_handlers(), &bit_handlers(),
+                                   &movement_handlers()}) {
     const auto found = handlers->find(opcode);
     if (found != handlers->end()) return found->second;
   }

@@ -4,10 +4,11 @@
 #include <string.h>
 
 #include <algorithm>
-#include <set>
 
 #include "memory.h"
+#include "names.h"
 #include "program.h"
+#include "text.h"
 
 namespace emulator::ptx {
 
@@ -15,119 +16,6 @@ namespace {
 
 using std::string;
 using std::vector;
-
-string trim(const string& s) {
-  const size_t first = s.find_first_not_of(" \t\n\r"), last = s.find_last_not_of(" \t\n\r");
-  return first == string::npos ? "" : s.substr(first, last - first + 1);
-}
-
-vector<string> words_of(const string& s) {
-  vector<string> words;
-  string word;
-  for (char c : s + " ") {
-    if (!isspace(c)) {
-      word += c;
-    } else if (!word.empty()) {
-      words.push_back(word);
-      word.clear();
-    }
-  }
-  return words;
-}
-
-// Splits at commas outside brackets.
-vector<string> split_list(const string& s) {
-  vector<string> parts;
-  int depth = 0;
-  string part;
-  for (char c : s) {
-    if (c == '{' || c == '[' || c == '(') ++depth;
-    if (c == '}' || c == ']' || c == ')') --depth;
-    if (c == ',' && depth == 0) {
-      parts.push_back(trim(part));
-      part.clear();
-    } else {
-      part += c;
-    }
-  }
-  if (!trim(part).empty()) parts.push_back(trim(part));
-  return parts;
-}
-
-vector<string> split_dots(const string& s) {
-  vector<string> parts(1);
-  for (char c : s) {
-    if (c == '.') {
-      parts.emplace_back();
-    } else {
-      parts.back() += c;
-    }
-  }
-  return parts;
-}
-
-bool parse_type(const string& name, Type& type) {
-  static const std::map<string, Type> packed = {
-      {"f16", {Kind::kFloat, 16, 1, Float::kHalf}},   {"bf16", {Kind::kFloat, 16, 1, Float::kBrain}},
-      {"f16x2", {Kind::kFloat, 16, 2, Float::kHalf}}, {"bf16x2", {Kind::kFloat, 16, 2, Float::kBrain}},
-      {"f32", {Kind::kFloat, 32, 1, Float::kSingle}}, {"f64", {Kind::kFloat, 64, 1, Float::kDouble}},
-      {"u16x2", {Kind::kUnsigned, 16, 2}},            {"s16x2", {Kind::kSigned, 16, 2}},
-      {"pred", {Kind::kPredicate, 1}},
-  };
-  const auto found = packed.find(name);
-  if (found != packed.end()) {
-    type = found->second;
-    return true;
-  }
-  const size_t digits = name.find_first_not_of("usb");
-  if (digits != 1 || name.find_first_not_of("0123456789", 1) != string::npos) return false;
-  const int bits = atoi(name.c_str() + 1);
-  if (bits != 8 && bits != 16 && bits != 32 && bits != 64) return false;
-  type = {name[0] == 'u'   ? Kind::kUnsigned
-          : name[0] == 's' ? Kind::kSigned
-                           : Kind::kBits,
-          bits};
-  return true;
-}
-
-bool parse_special(const string& name, Special& special) {
-  static const std::map<string, Special> names = {
-      {"%tid.x", Special::kTidX},         {"%tid.y", Special::kTidY},
-      {"%tid.z", Special::kTidZ},         {"%ntid.x", Special::kNtidX},
-      {"%ntid.y", Special::kNtidY},       {"%ntid.z", Special::kNtidZ},
-      {"%ctaid.x", Special::kCtaidX},     {"%ctaid.y", Special::kCtaidY},
-      {"%ctaid.z", Special::kCtaidZ},     {"%nctaid.x", Special::kNctaidX},
-      {"%nctaid.y", Special::kNctaidY},   {"%nctaid.z", Special::kNctaidZ},
-      {"%laneid", Special::kLaneid},      {"%warpid", Special::kWarpid},
-      {"%nwarpid", Special::kNwarpid},    {"%smid", Special::kSmid},
-      {"%nsmid", Special::kNsmid},        {"%lanemask_eq", Special::kMaskEq},
-      {"%lanemask_lt", Special::kMaskLt}, {"%lanemask_le", Special::kMaskLe},
-      {"%lanemask_gt", Special::kMaskGt}, {"%lanemask_ge", Special::kMaskGe},
-      {"%clock", Special::kClock},        {"%clock64", Special::kClock},
-      {"%globaltimer", Special::kClock},  {"%dynamic_smem_size", Special::kDynamicShared},
-      {"%total_smem_size", Special::kTotalShared},
-  };
-  const auto found = names.find(name);
-  if (found == names.end()) return false;
-  special = found->second;
-  return true;
-}
-
-// Modifiers that change nothing here (cache hints, scopes, orders), or that a handler looks for.
-bool known_modifier(const string& m) {
-  static const std::set<string> known = {
-      "aligned", "sync", "uni", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "weak",
-      "gpu", "cta", "sys", "cluster", "proxy", "nc", "ca", "cg", "cs", "cv", "wb", "wt", "lu",
-      "L1", "L2", "evict_first", "evict_last", "evict_normal", "evict_unchanged", "no_allocate",
-      "approx", "full", "ftz", "sat", "satfinite", "relu", "NaN", "noftz", "rn", "rz", "rm", "rp",
-      "rni", "rzi", "rmi", "rpi", "lo", "hi", "wide", "eq", "ne", "lt", "le", "gt", "ge", "ls", "hs",
-      "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan", "and", "or", "xor", "popc", "red",
-      "arrive", "warp", "add", "min", "max", "exch", "cas", "inc", "dec", "idx", "up", "down", "bfly",
-      "ballot", "any", "all", "to", "async", "commit_group", "wait_group", "wait_all", "l", "r",
-      "wrap", "clamp", "f4e", "b4e", "rc8", "ecl", "ecr", "rc16", "shiftamt", "cc", "global",
-      "const", "local", "param", "shared", "level", "v2", "v4", "v8", "launch_dependents", "wait"};
-  return known.count(m.substr(0, m.find("::"))) > 0;
-}
 
 struct Symbol {
   Place place;
@@ -152,11 +40,10 @@ struct Declaration {
         align = atoi(words[++i].c_str());
       } else if (words[i][0] != '.') {
         name = words[i];
-      } else if (!parse_type(words[i].substr(1), type)) {
-        space = words[i] == ".ptr" || words[i] == ".visible" || words[i] == ".extern" ||
-                        words[i] == ".weak" || words[i] == ".entry"
-                    ? space
-                    : words[i];
+      } else if (words[i] == ".shared" || words[i] == ".local" || words[i] == ".param") {
+        space = words[i];
+      } else {
+        parse_type(words[i].substr(1), type);  // or a word such as .visible
       }
     }
     const size_t bracket = name.find('[');
@@ -248,7 +135,7 @@ Operand Parser::parse_operand(string text) {
   if (text.empty()) stop("empty operand");
   if (text[0] == '{') {
     operand.place = Place::kVector;
-    for (const string& part : split_list(text.substr(1, text.size() - 2)))
+    for (const string& part : split(text.substr(1, text.size() - 2), ','))
       operand.parts.push_back(parse_operand(part));
     return operand;
   }
@@ -309,7 +196,7 @@ void Parser::parse_registers(const string& statement) {
   Type type;
   if (!parse_type(words[1].substr(1), type)) stop("unsupported register type " + words[1]);
   const size_t names = statement.find(words[1]) + words[1].size();
-  for (const string& name : split_list(statement.substr(names))) {
+  for (const string& name : split(statement.substr(names), ',')) {
     const size_t angle = name.find('<');
     const int count = angle == string::npos ? 1 : atoi(name.c_str() + angle + 1);
     for (int i = 0; i < count; ++i) {
@@ -369,7 +256,7 @@ void Parser::parse_instruction(string statement) {
   const size_t end = statement.find_first_of(" \t\n{");
   i.name = statement.substr(0, end);
   const string rest = end == string::npos ? "" : trim(statement.substr(end));
-  i.modifiers = split_dots(i.name);
+  i.modifiers = split(i.name, '.');
   i.opcode = i.modifiers[0];
   i.modifiers.erase(i.modifiers.begin());
   i.handler = find_handler(i.opcode);
@@ -378,7 +265,7 @@ void Parser::parse_instruction(string statement) {
   if (i.opcode == "bra") {
     branches_.push_back({static_cast<int>(kernel_.code.size()), rest});
   } else {
-    for (const string& operand : split_list(rest)) i.operands.push_back(parse_operand(operand));
+    for (const string& operand : split(rest, ',')) i.operands.push_back(parse_operand(operand));
   }
   kernel_.code.push_back(i);
 }
@@ -430,7 +317,7 @@ void Parser::parse_body() {
 }
 
 void Parser::parse_parameters(const string& list) {
-  for (const string& text : split_list(list)) {
+  for (const string& text : split(list, ',')) {
     const Declaration parameter(text);
     const int offset = parameter.place(kernel_.parameter_bytes);
     symbols_[parameter.name] = {Place::kParameter, static_cast<uint64_t>(offset)};

@@ -167,10 +167,11 @@ void extremum_of_halves(Machine& m, const Instruction& i, uint32_t lanes) {
     uint32_t result = 0;
     const bool maximum = !m.predicate(*parts.reads[0], lane);
     for (int half = 0; half < 2; ++half) {
-      const uint32_t a = half_bits(m, *parts.sources[0], lane, half, format);
-      const uint32_t b = half_bits(m, *parts.sources[1], lane, half, format);
-      result |= static_cast<uint32_t>(extremum(a, b, format, maximum, i.has("NAN")))
-                << (16 * half);
+      uint32_t best = half_bits(m, *parts.sources[0], lane, half, format);
+      for (size_t n = 1; n < parts.sources.size(); ++n)  // HMNMX2 has two, VHMNMX three
+        best = extremum(best, half_bits(m, *parts.sources[n], lane, half, format), format, maximum,
+                        i.has("NAN"));
+      result |= best << (16 * half);
     }
     m.set(*parts.destination, lane, result);
   });
@@ -214,28 +215,33 @@ void set_half_predicates(Machine& m, const Instruction& i, uint32_t lanes) {
 
 // ---- Conversion ---------------------------------------------------------------------------------
 
-void integer_to_single(Machine& m, const Instruction& i, uint32_t lanes) {
+void from_integer(Machine& m, const Instruction& i, uint32_t lanes) {
   const Operand &to = i.operands[0], &from = i.operands[1];
-  if (i.has("S64") || i.has("U64")) m.fail("conversion of 64 bits is not supported", 0);
+  const bool wide = i.has("S64") || i.has("U64"), is_signed = !i.has("U32") && !i.has("U64");
+  const Float format = i.has("F16") ? Float::kHalf : i.has("BF16") ? Float::kBrain : Float::kSingle;
   m.each(lanes, [&](int lane) {
-    const uint32_t value = m.integer(from, lane);
-    const double exact =
-        i.has("U32") ? static_cast<double>(value) : static_cast<double>(static_cast<int32_t>(value));
-    m.set(to, lane, finish(exact, Float::kSingle, i));
+    const uint64_t value = wide ? m.pair(from, lane) : m.integer(from, lane);
+    m.set(to, lane, finish(odd_integer(value, wide ? 64 : 32, is_signed), format, i));
   });
 }
 
-void single_to_integer(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool is_unsigned = i.has("U32");
+void to_integer(Machine& m, const Instruction& i, uint32_t lanes) {
+  const bool wide = i.has("S64") || i.has("U64"), is_signed = !i.has("U32") && !i.has("U64");
   m.each(lanes, [&](int lane) {
-    const double x = m.single(i.operands[1], lane, i.has("FTZ"));
+    const Operand& from = i.operands[1];
+    const double x = i.has("F16") ? decode(half_bits(m, from, lane, 0, Float::kHalf), Float::kHalf)
+                                  : m.single(from, lane, i.has("FTZ"));
     const double whole = i.has("TRUNC")   ? trunc(x)
                          : i.has("FLOOR") ? floor(x)
                          : i.has("CEIL")  ? ceil(x)
                                           : nearbyint(x);
-    const double low = is_unsigned ? 0 : -2147483648.0, high = is_unsigned ? 4294967295.0 : 2147483647.0;
-    const double clamped = x != x ? 0 : std::max(low, std::min(high, whole));
-    m.set(i.operands[0], lane, static_cast<uint32_t>(static_cast<int64_t>(clamped)));
+    const uint64_t of_nan = wide ? 1ull << 63 : 0;
+    const uint64_t result = emulator::to_integer(whole, wide ? 64 : 32, is_signed, of_nan);
+    if (wide) {
+      m.set_pair(i.operands[0], lane, result);
+    } else {
+      m.set(i.operands[0], lane, static_cast<uint32_t>(result));
+    }
   });
 }
 
@@ -290,11 +296,12 @@ const Entries& float_entries() {
       {"HMUL2", {multiply_halves, kHalves}},
       {"HFMA2", {multiply_add_halves, kHalves}},
       {"HMNMX2", {extremum_of_halves, kHalves}},
+      {"VHMNMX", {extremum_of_halves, kHalves}},
       {"HSET2", {set_halves, kRelations}},
       {"HSETP2", {set_half_predicates, kRelations}},
-      {"I2F", {integer_to_single, " U32 S32 RP RM RZ RN "}},
-      {"I2FP", {integer_to_single, " F32 U32 S32 RP RM RZ RN "}},
-      {"F2I", {single_to_integer, " FTZ U32 S32 TRUNC FLOOR CEIL NTZ "}},
+      {"I2F", {from_integer, " F16 BF16 U32 S32 U64 S64 RP RM RZ RN "}},
+      {"I2FP", {from_integer, " F32 F16 BF16 U32 S32 RP RM RZ RN "}},
+      {"F2I", {to_integer, " F16 FTZ U32 S32 U64 S64 TRUNC FLOOR CEIL NTZ "}},
       {"F2F", {convert, " F16 BF16 F32 FTZ RN RZ RM RP SAT "}},
       {"F2FP", {pack, " F16 BF16 F32 PACK_AB RELU RZ RN "}},
   };

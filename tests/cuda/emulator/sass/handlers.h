@@ -12,7 +12,12 @@ using Entries = std::map<std::string, Entry>;
 
 const Entries& integer_entries();
 const Entries& float_entries();
+const Entries& logic_entries();
 const Entries& movement_entries();
+const Entries& control_entries();
+
+// What an atomic operation or a reduction, named by a modifier, makes of an old value and a new one.
+uint32_t combine(const Instruction& i, uint32_t old, uint32_t b, uint32_t c);
 
 // The operands of an instruction of the form
 //   destination, predicates that it sets, sources, predicates that it reads.
@@ -29,6 +34,13 @@ struct Parts {
   const Operand* destination = nullptr;
   std::vector<const Operand*> sets, sources, reads;
 };
+
+// Sets the destination of each lane to f(lane, parts).
+template <class F>
+void compute(Machine& m, const Instruction& i, uint32_t lanes, F f) {
+  const Parts parts(i);
+  m.each(lanes, [&](int lane) { m.set(*parts.destination, lane, f(lane, parts)); });
+}
 
 // How comparisons end: ".GT.AND", for example.
 struct Relation {

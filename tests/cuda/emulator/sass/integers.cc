@@ -1,4 +1,4 @@
-// Integers, logic and predicates.
+// Integers.
 #include <algorithm>
 
 #include "handlers.h"
@@ -6,13 +6,6 @@
 namespace emulator::sass {
 
 namespace {
-
-// f(lane, parts) gives the destination's value.
-template <class F>
-void compute(Machine& m, const Instruction& i, uint32_t lanes, F f) {
-  const Parts parts(i);
-  m.each(lanes, [&](int lane) { m.set(*parts.destination, lane, f(lane, parts)); });
-}
 
 // A term of a sum, as the adder sees it: -x is ~x + 1, whose carry counts.
 uint64_t term(const Machine& m, const Operand& o, int lane) {
@@ -33,7 +26,17 @@ uint64_t carries_in(const Machine& m, const Parts& parts, int lane) {
   return sum;
 }
 
+// VIADD.16x2: no carry from the lower half to the upper one.
+void add_halves(Machine& m, const Instruction& i, uint32_t lanes) {
+  compute(m, i, lanes, [&](int lane, const Parts& parts) {
+    const uint32_t a = m.bits(*parts.sources[0], lane), b = m.bits(*parts.sources[1], lane);
+    if (parts.sources[0]->minus || parts.sources[1]->minus) m.fail("a minus of halves", lane);
+    return ((a + b) & 0xffff) | ((a & 0xffff0000u) + (b & 0xffff0000u));
+  });
+}
+
 void add3(Machine& m, const Instruction& i, uint32_t lanes) {
+  if (i.has("16x2")) return add_halves(m, i, lanes);
   compute(m, i, lanes, [&](int lane, const Parts& parts) {
     uint64_t sum = carries_in(m, parts, lane);
     for (const Operand* source : parts.sources) sum += term(m, *source, lane);
@@ -84,9 +87,22 @@ void absolute_difference(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
+uint32_t smaller_or_larger(uint32_t a, uint32_t b, bool is_signed, bool minimum) {
+  const bool b_smaller = is_signed ? static_cast<int32_t>(b) < static_cast<int32_t>(a) : b < a;
+  return b_smaller == minimum ? b : a;
+}
+
+// The extremum of each half: shifted to the top, they compare like words.
+uint32_t extremum_of_halves(uint32_t a, uint32_t b, bool is_signed, bool minimum) {
+  const uint32_t upper = smaller_or_larger(a & 0xffff0000u, b & 0xffff0000u, is_signed, minimum);
+  return upper | smaller_or_larger(a << 16, b << 16, is_signed, minimum) >> 16;
+}
+
 // The last predicate asks for the minimum. VIADDMNMX first adds its first two sources.
 void extremum_of(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool is_unsigned = i.has("U32");
+  const bool halves = i.has("U16x2") || i.has("S16x2");
+  const bool is_signed = !i.has("U32") && !i.has("U16x2");
+  if (halves && (i.has("RELU") || i.opcode == "VIADDMNMX")) m.fail("form is not supported", 0);
   compute(m, i, lanes, [&](int lane, const Parts& parts) {
     const bool minimum = m.predicate(*parts.reads[0], lane);
     size_t n = 0;
@@ -94,9 +110,8 @@ void extremum_of(Machine& m, const Instruction& i, uint32_t lanes) {
     if (i.opcode == "VIADDMNMX") best += m.integer(*parts.sources[n++], lane);
     for (; n < parts.sources.size(); ++n) {
       const uint32_t next = m.integer(*parts.sources[n], lane);
-      const bool smaller =
-          is_unsigned ? next < best : static_cast<int32_t>(next) < static_cast<int32_t>(best);
-      if (smaller == minimum) best = next;
+      best = halves ? extremum_of_halves(best, next, is_signed, minimum)
+                    : smaller_or_larger(best, next, is_signed, minimum);
     }
     return i.has("RELU") && static_cast<int32_t>(best) < 0 ? 0 : best;
   });
@@ -138,51 +153,6 @@ void select(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
-// ---- Logic and shifts ---------------------------------------------------------------------------
-
-void logic(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) {
-    const auto& s = parts.sources;
-    const uint32_t result = logic3(m.bits(*s[0], lane), m.bits(*s[1], lane), m.bits(*s[2], lane),
-                                   static_cast<unsigned>(s[3]->value));
-    if (!parts.sets.empty())
-      m.set_predicate(*parts.sets[0], lane, result != 0 || m.predicate(*parts.reads[0], lane));
-    return result;
-  });
-}
-
-void predicate_logic(Machine& m, const Instruction& i, uint32_t lanes) {
-  const auto& o = i.operands;
-  m.each(lanes, [&](int lane) {
-    const unsigned row = m.predicate(o[2], lane) << 2 | m.predicate(o[3], lane) << 1 |
-                         static_cast<unsigned>(m.predicate(o[4], lane));
-    m.set_predicate(o[0], lane, o[5].value >> row & 1);
-    m.set_predicate(o[1], lane, o[6].value >> row & 1);
-  });
-}
-
-// Shifts the 64 bits c:a; the result is their lower or upper word.
-void shift(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool left = i.has("L"), high = i.has("HI"), wraps = i.has("W");
-  const bool wide = i.has("U64") || i.has("S64"), is_signed = i.has("S32") || i.has("S64");
-  compute(m, i, lanes, [&](int lane, const Parts& parts) {
-    const auto& s = parts.sources;
-    const uint64_t value =
-        static_cast<uint64_t>(m.bits(*s[2], lane)) << 32 | m.bits(*s[0], lane);
-    const uint32_t most = wide ? 64 : 32, asked = m.bits(*s[1], lane);
-    const uint32_t by = wraps ? asked & (most - 1) : std::min(asked, most);
-    uint64_t shifted;
-    if (left) {
-      shifted = by > 63 ? 0 : value << by;
-    } else if (is_signed) {
-      shifted = static_cast<int64_t>(value) >> std::min(by, 63u);
-    } else {
-      shifted = by > 63 ? 0 : value >> by;
-    }
-    return static_cast<uint32_t>(high ? shifted >> 32 : shifted);
-  });
-}
-
 // (a << shift) + b, or the upper word of (c:a << shift) plus b.
 void load_effective_address(Machine& m, const Instruction& i, uint32_t lanes) {
   const bool high = i.has("HI"), extends = i.has("SX32");
@@ -200,31 +170,6 @@ void load_effective_address(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
-void permute(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) {
-    const auto& s = parts.sources;
-    return permute_bytes(m.bits(*s[0], lane), m.bits(*s[2], lane), m.bits(*s[1], lane));
-  });
-}
-
-void extend_sign(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) -> uint32_t {
-    const uint32_t value = m.bits(*parts.sources[0], lane);
-    const uint32_t asked = m.bits(*parts.sources[1], lane);
-    const int width = static_cast<int>(i.has("W") ? asked & 31 : std::min(asked, 32u));
-    if (i.has("U32")) return value & low_bits(width);
-    return width ? static_cast<uint32_t>(sign_extend(value, width)) : 0;
-  });
-}
-
-void make_mask(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) -> uint32_t {
-    const uint32_t start = m.bits(*parts.sources[0], lane), size = m.bits(*parts.sources[1], lane);
-    if (i.has("W")) return low_bits(size & 31) << (start & 31);
-    return start > 31 ? 0 : static_cast<uint32_t>(low_bits(std::min(size, 32u)) << start);
-  });
-}
-
 void dot(Machine& m, const Instruction& i, uint32_t lanes) {
   const int parts_of_a = i.has("4A") ? 4 : 2;
   const bool a_signed = i.has("S8") || i.has("S16");
@@ -239,129 +184,41 @@ void dot(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
-void count_ones(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) -> uint32_t {
-    return __builtin_popcount(m.bits(*parts.sources[0], lane));
+// I2I.to.from.SAT: the nearest number of the narrower type.
+void saturate_integer(Machine& m, const Instruction& i, uint32_t lanes) {
+  const int bits = atoi(i.modifiers[0].c_str() + 1);
+  const bool to_signed = i.modifiers[0][0] == 'S', from_signed = i.modifiers[1][0] == 'S';
+  const int64_t most = static_cast<int64_t>(low_bits(to_signed ? bits - 1 : bits));
+  const int64_t least = to_signed ? -most - 1 : 0;
+  compute(m, i, lanes, [&](int lane, const Parts& parts) {
+    const uint32_t value = m.integer(*parts.sources[0], lane);
+    const int64_t exact = from_signed ? sign_extend(value, 32) : static_cast<int64_t>(value);
+    return static_cast<uint32_t>(std::max(least, std::min(most, exact)));
   });
-}
-
-void find_leading_one(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) -> uint32_t {
-    const int position = highest_bit(m.bits(*parts.sources[0], lane), 32, !i.has("U32"));
-    return position < 0 ? ~0u : i.has("SH") ? 31 - position : position;
-  });
-}
-
-void reverse(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes, [&](int lane, const Parts& parts) -> uint32_t {
-    return reverse_bits(m.bits(*parts.sources[0], lane), 32);
-  });
-}
-
-// ---- Predicates as bits of a register -----------------------------------------------------------
-
-int byte_shift(const Instruction& i) {
-  for (int byte = 0; byte < 4; ++byte)
-    if (i.has(("B" + std::to_string(byte)).c_str())) return 8 * byte;
-  return 0;
-}
-
-// P2R R0, PR, R1, mask: the predicates in the mask replace those bits of R1.
-void predicates_to_register(Machine& m, const Instruction& i, uint32_t lanes) {
-  const auto& o = i.operands;
-  const int shift = byte_shift(i);
-  m.each(lanes, [&](int lane) {
-    uint32_t all = 0;
-    for (int p = 0; p < kTrue; ++p) all |= static_cast<uint32_t>(m.warp().predicates[p][lane]) << p;
-    const uint32_t mask = m.bits(o[3], lane) & 0x7f;
-    m.set(o[0], lane, (m.bits(o[2], lane) & ~(0xffu << shift)) | (all & mask) << shift |
-                          (m.bits(o[2], lane) & (0xffu & ~mask) << shift));
-  });
-}
-
-void register_to_predicates(Machine& m, const Instruction& i, uint32_t lanes) {
-  const auto& o = i.operands;
-  m.each(lanes, [&](int lane) {
-    const uint32_t bits = m.bits(o[1], lane) >> byte_shift(i), mask = m.bits(o[2], lane);
-    for (int p = 0; p < kTrue; ++p)
-      if (mask >> p & 1) m.warp().predicates[p][lane] = bits >> p & 1;
-  });
-}
-
-void move(Machine& m, const Instruction& i, uint32_t lanes) {
-  compute(m, i, lanes,
-          [&](int lane, const Parts& parts) { return m.integer(*parts.sources[0], lane); });
 }
 
 const char* const kRelations = " F LT EQ LE GT NE GE T AND OR XOR U32 EX ";
 
 }  // namespace
 
-Relation::Relation(const Instruction& instruction) {
-  static const std::map<std::string, Compare> relations = {
-      {"EQ", Compare::kEq},   {"NE", Compare::kNe},   {"LT", Compare::kLt},   {"LE", Compare::kLe},
-      {"GT", Compare::kGt},   {"GE", Compare::kGe},   {"EQU", Compare::kEqu}, {"NEU", Compare::kNeu},
-      {"LTU", Compare::kLtu}, {"LEU", Compare::kLeu}, {"GTU", Compare::kGtu}, {"GEU", Compare::kGeu},
-      {"NUM", Compare::kNum}, {"NAN", Compare::kNan}};
-  for (const std::string& m : instruction.modifiers) {
-    const auto relation = relations.find(m);
-    if (relation != relations.end()) {
-      compare = relation->second;
-      found = true;
-    }
-    if (m == "AND") combine = '&';
-    if (m == "OR") combine = '|';
-    if (m == "XOR") combine = '^';
-  }
-  if (!found) stop("unknown comparison: " + instruction.text);
-}
-
-bool Relation::join(bool result, bool predicate) const {
-  switch (combine) {
-    case '&': return result && predicate;
-    case '|': return result || predicate;
-    case '^': return result != predicate;
-    default: return result;
-  }
-}
-
 const Entries& integer_entries() {
   static const Entries entries = {
       {"IADD3", {add3, " X "}},
-      {"VIADD", {add3, " "}},
+      {"VIADD", {add3, " 16x2 "}},
       {"IMAD", {multiply_add, " MOV SHL IADD U32 S32 WIDE HI X "}},
       {"IABS", {absolute, " "}},
       {"VABSDIFF", {absolute_difference, " U32 "}},
       {"IMNMX", {extremum_of, " U32 S32 "}},
-      {"VIMNMX", {extremum_of, " U32 S32 RELU "}},
-      {"VIMNMX3", {extremum_of, " U32 S32 RELU "}},
+      {"VIMNMX", {extremum_of, " U32 S32 U16x2 S16x2 RELU "}},
+      {"VIMNMX3", {extremum_of, " U32 S32 U16x2 S16x2 RELU "}},
       {"VIADDMNMX", {extremum_of, " U32 S32 RELU "}},
       {"ISETP", {set_predicates, kRelations}},
       {"SEL", {select, " "}},
-      {"LOP3", {logic, " LUT "}},
-      {"PLOP3", {predicate_logic, " LUT "}},
-      {"SHF", {shift, " L R U32 S32 U64 S64 HI W "}},
       {"LEA", {load_effective_address, " HI X SX32 "}},
-      {"PRMT", {permute, " "}},
-      {"SGXT", {extend_sign, " U32 W "}},
-      {"BMSK", {make_mask, " W "}},
       {"IDP", {dot, " 4A 2A LO HI U8 S8 U16 S16 "}},
-      {"POPC", {count_ones, " "}},
-      {"FLO", {find_leading_one, " U32 SH "}},
-      {"BREV", {reverse, " "}},
-      {"P2R", {predicates_to_register, " B0 B1 B2 B3 "}},
-      {"R2P", {register_to_predicates, " B0 B1 B2 B3 "}},
-      {"MOV", {move, " "}},
+      {"I2I", {saturate_integer, " U8 S8 U16 S16 U32 S32 SAT "}},
   };
   return entries;
-}
-
-const Entry* find_entry(const std::string& opcode) {
-  for (const Entries* entries : {&integer_entries(), &float_entries(), &movement_entries()}) {
-    const auto found = entries->find(opcode);
-    if (found != entries->end()) return &found->second;
-  }
-  return nullptr;
 }
 
 }  // namespace emulator::sass

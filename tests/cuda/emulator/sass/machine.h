@@ -17,6 +17,8 @@
 namespace emulator::sass {
 
 constexpr int kNumRegisters = 256, kNumUniforms = 64, kNumPredicates = 8, kNumConvergence = 16;
+// The first bytes of a block's shared memory belong to the system on sm_90.
+constexpr int kSystemShared = 1024;
 
 enum class State : uint8_t { kReady, kAtConvergence, kAtWarpSync, kAtBarrier, kDone };
 
@@ -31,6 +33,7 @@ struct Warp {
   uint32_t sync_mask[kWarpLanes];  // of the WARPSYNC at which a lane waits
   int pc[kWarpLanes], group[kWarpLanes], saved_group[kWarpLanes], waits_for[kWarpLanes];
   State state[kWarpLanes];
+  uint32_t barrier_result;  // of the last BAR.RED
   AsyncCopies copies;
 };
 
@@ -64,7 +67,7 @@ class Machine {
   uint8_t* shared(uint64_t address, int bytes, Access access, int lane);
   uint8_t* local(uint64_t address, int bytes, int lane);
   const uint8_t* constant(int bank, uint64_t offset, int bytes) const;
-  void copy_async(int lane, uint64_t to, uint64_t from, int bytes, bool reads);
+  void copy_async(int lane, uint64_t to, uint64_t from, int bytes, int read_bytes);
   void wait_async(uint32_t lanes, int allowed);
 
   void jump(uint32_t lanes, int target);
@@ -73,7 +76,9 @@ class Machine {
   void drop_out(uint32_t lanes, int barrier);
   void sync_warp(uint32_t lanes, uint32_t mask, bool collective);
   void end_collective(uint32_t lanes);
-  void barrier(uint32_t lanes, unsigned id, unsigned threads, bool waits);
+  // reduction: 0, or 'p', 'a', 'o' to count, and, or the predicate for B2R.
+  void barrier(uint32_t lanes, unsigned id, unsigned threads, bool waits, char reduction = 0,
+               uint32_t predicate = 0);
 
   [[noreturn]] void fail(const std::string& message, int lane) const;
   void warn(const std::string& message, int lane);
@@ -85,7 +90,8 @@ class Machine {
 
  private:
   struct Barrier {
-    unsigned arrived = 0, expected = 0;
+    unsigned arrived = 0, expected = 0, true_count = 0;
+    char reduction = 0;
     uint32_t waiting[kMaxWarps] = {};  // lanes by warp
     SharedMemory::Clock clock{};
   };

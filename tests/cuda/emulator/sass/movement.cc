@@ -1,9 +1,28 @@
-// Memory, control and operations of a whole warp.
+// Memory, and registers of other kinds.
 #include <algorithm>
 
 #include "handlers.h"
 
 namespace emulator::sass {
+
+uint32_t combine(const Instruction& i, uint32_t old, uint32_t b, uint32_t c) {
+  const bool is_signed = i.has("S32");
+  const bool smaller =
+      is_signed ? static_cast<int32_t>(old) < static_cast<int32_t>(b) : old < b;
+  if (i.has("ADD") || i.has("SUM")) return old + b;
+  if (i.has("MIN")) return smaller ? old : b;
+  if (i.has("MAX")) return smaller ? b : old;
+  if (i.has("AND")) return old & b;
+  if (i.has("OR")) return old | b;
+  if (i.has("XOR")) return old ^ b;
+  if (i.has("EXCH")) return b;
+  if (i.has("CAS")) return old == b ? c : old;
+  if (i.has("POPC")) return old + 1;
+  if (i.has("INC")) return old >= b ? 0 : old + 1;
+  if (i.has("DEC")) return old == 0 || old > b ? b : old - 1;
+  if (i.opcode == "REDUX") return old & b;  // no name: AND
+  stop("unsupported atomic operation: " + i.text);
+}
 
 namespace {
 
@@ -84,23 +103,6 @@ void load_constant(Machine& m, const Instruction& i, uint32_t lanes) {
   });
 }
 
-uint32_t combine(const Instruction& i, uint32_t old, uint32_t b, uint32_t c) {
-  const bool is_signed = i.has("S32");
-  const bool smaller =
-      is_signed ? static_cast<int32_t>(old) < static_cast<int32_t>(b) : old < b;
-  if (i.has("ADD") || i.has("SUM")) return old + b;
-  if (i.has("MIN")) return smaller ? old : b;
-  if (i.has("MAX")) return smaller ? b : old;
-  if (i.has("AND")) return old & b;
-  if (i.has("OR")) return old | b;
-  if (i.has("XOR")) return old ^ b;
-  if (i.has("EXCH")) return b;
-  if (i.has("CAS")) return old == b ? c : old;
-  if (i.has("POPC")) return old + 1;
-  if (i.opcode == "REDUX") return old & b;  // no name: AND
-  stop("unsupported atomic operation: " + i.text);
-}
-
 // REDG.ADD.64 [address], Rb
 void add_64(Machine& m, const Instruction& i, uint32_t lanes) {
   uint64_t addresses[kWarpLanes];
@@ -147,13 +149,17 @@ void atomic(Machine& m, const Instruction& i, uint32_t lanes) {
 }
 
 // LDGSTS [shared], desc[..][global]: cp.async. A predicate says whether it reads or writes zeros.
+// With ZFILL, the address is misaligned by the number of bytes at the end that become zeros.
 void copy_async(Machine& m, const Instruction& i, uint32_t lanes) {
   const int bytes = access_bytes(i);
   uint64_t from[kWarpLanes];
   m.each(lanes, [&](int lane) {
     from[lane] = m.address(i.operands[1], lane);
+    const int skipped = i.has("ZFILL") ? static_cast<int>(from[lane] % bytes) : 0;
+    from[lane] -= skipped;
     const bool reads = i.operands.size() < 3 || m.predicate(i.operands[2], lane);
-    m.copy_async(lane, m.address(i.operands[0], lane), from[lane], bytes, reads);
+    m.copy_async(lane, m.address(i.operands[0], lane), from[lane], bytes,
+                 reads ? bytes - skipped : 0);
   });
   m.counters().count_global(lanes, from, bytes, false);
 }
@@ -187,163 +193,11 @@ void to_uniform(Machine& m, const Instruction& i, uint32_t lanes) {
   }
 }
 
-// ---- Control ------------------------------------------------------------------------------------
-
-int number_of(const Operand& barrier) { return atoi(barrier.name.c_str() + 1); }
-
-// BRA P0, target branches where the predicate holds, too. BRA.DIV branches if lanes are missing.
-void branch(Machine& m, const Instruction& i, uint32_t lanes) {
-  if (i.has("DIV")) {
-    const uint32_t mask = m.bits(i.operands[0], __builtin_ctz(lanes)) & m.live_lanes();
-    if (mask != m.active()) m.jump(lanes, i.target);
-    return;
-  }
-  if (i.operands.size() > 1) {
-    uint32_t taken = 0;
-    m.each(lanes, [&](int lane) {
-      if (m.predicate(i.operands[0], lane)) taken |= 1u << lane;
-    });
-    lanes = taken;
-  }
-  m.jump(lanes, i.target);
-}
-
-void call(Machine& m, const Instruction& i, uint32_t lanes) { m.jump(lanes, i.target); }
-
-void return_from(Machine& m, const Instruction& i, uint32_t lanes) {
-  const int first = __builtin_ctz(lanes);
-  const uint64_t address = m.pair(i.operands[0], first);
-  m.each(lanes, [&](int lane) {
-    if (m.pair(i.operands[0], lane) != address) m.fail("lanes return to different places", lane);
-  });
-  const auto target = m.kernel().index_of.find(address);
-  if (target == m.kernel().index_of.end()) m.fail("return to an unknown address", first);
-  m.jump(lanes, target->second);
-}
-
-void leave(Machine& m, const Instruction&, uint32_t lanes) { m.leave(lanes); }
-void nothing(Machine&, const Instruction&, uint32_t) {}
-
-void trap(Machine& m, const Instruction&, uint32_t lanes) { m.fail("trap", __builtin_ctz(lanes)); }
-
-void start_convergence(Machine& m, const Instruction& i, uint32_t lanes) {
-  const int barrier = number_of(i.operands[0]);
-  m.each(lanes, [&](int lane) { m.warp().convergence[barrier][lane] = lanes; });
-}
-
-void converge(Machine& m, const Instruction& i, uint32_t lanes) {
-  m.converge(lanes, number_of(i.operands[0]));
-}
-
-void drop_out(Machine& m, const Instruction& i, uint32_t lanes) {
-  m.drop_out(lanes, number_of(i.operands.back()));
-}
-
-// BMOV saves a convergence barrier in a register, or restores it.
-void move_convergence(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool saves = i.operands[0].place == Place::kRegister;
-  const int barrier = number_of(i.operands[saves ? 1 : 0]);
-  m.each(lanes, [&](int lane) {
-    uint32_t& mask = m.warp().convergence[barrier][lane];
-    if (!saves) {
-      mask = m.bits(i.operands[1], lane);
-      return;
-    }
-    m.set(i.operands[0], lane, mask);
-    if (i.has("CLEAR")) mask = 0;
-  });
-}
-
-void sync_warp(Machine& m, const Instruction& i, uint32_t lanes) {
-  const int first = __builtin_ctz(lanes);
-  const uint32_t mask = i.has("ALL") ? ~0u : m.bits(i.operands[0], first);
-  m.sync_warp(lanes, mask, i.has("COLLECTIVE"));
-}
-
-void end_collective(Machine& m, const Instruction&, uint32_t lanes) { m.end_collective(lanes); }
-
-// BAR.SYNC number, threads; BAR.ARV number, threads
-void barrier(Machine& m, const Instruction& i, uint32_t lanes) {
-  const int first = __builtin_ctz(lanes);
-  const uint32_t id = m.bits(i.operands[0], first);
-  const uint32_t threads = i.operands.size() > 1 ? m.bits(i.operands[1], first) : 0;
-  if (id >= 16) m.fail("a barrier's number is below 16", first);
-  m.barrier(lanes, id, threads, !i.has("ARV"));
-}
-
-// ---- Operations of a warp -----------------------------------------------------------------------
-
-void shuffle(Machine& m, const Instruction& i, uint32_t lanes) {
-  static const std::map<std::string, Shuffle> modes = {{"IDX", Shuffle::kIndex},
-                                                       {"UP", Shuffle::kUp},
-                                                       {"DOWN", Shuffle::kDown},
-                                                       {"BFLY", Shuffle::kButterfly}};
-  const Shuffle mode = modes.at(i.modifiers[0]);
-  const auto& o = i.operands;
-  uint32_t values[kWarpLanes], results[kWarpLanes];
-  bool inside[kWarpLanes];
-  m.each(lanes, [&](int lane) { values[lane] = m.bits(o[2], lane); });
-  m.each(lanes, [&](int lane) {
-    const int source =
-        shuffle_source(mode, lane, m.bits(o[3], lane), m.bits(o[4], lane), &inside[lane]);
-    const bool present = lanes >> source & 1;
-    if (!present) m.warn("SHFL reads a lane that takes no part", lane);
-    results[lane] = present ? values[source] : 0xdeadbeef;
-  });
-  m.each(lanes, [&](int lane) {
-    m.set_predicate(o[0], lane, inside[lane]);
-    m.set(o[1], lane, results[lane]);
-  });
-}
-
-// VOTE.ANY R, P, Pin; VOTEU.ANY UR, UP, Pin; each destination may be missing.
-void vote(Machine& m, const Instruction& i, uint32_t lanes) {
-  uint32_t votes = 0;
-  m.each(lanes, [&](int lane) {
-    if (m.predicate(i.operands.back(), lane)) votes |= 1u << lane;
-  });
-  const bool result = i.has("ALL") ? votes == lanes : votes != 0;
-  for (size_t n = 0; n + 1 < i.operands.size(); ++n)
-    m.each(lanes, [&](int lane) {
-      if (i.operands[n].is_predicate()) {
-        m.set_predicate(i.operands[n], lane, result);
-      } else {
-        m.set(i.operands[n], lane, votes);
-      }
-    });
-}
-
-// MATCH.ANY R, Rin; MATCH.ALL P, R, Rin
-void match(Machine& m, const Instruction& i, uint32_t lanes) {
-  const bool all = i.has("ALL");
-  const size_t n = i.operands[0].is_predicate() ? 1 : 0;
-  uint64_t values[kWarpLanes];
-  m.each(lanes, [&](int lane) {
-    values[lane] = i.has("U64") ? m.pair(i.operands.back(), lane) : m.bits(i.operands.back(), lane);
-  });
-  m.each(lanes, [&](int lane) {
-    uint32_t equal = 0;
-    m.each(lanes, [&](int other) {
-      if (values[other] == values[lane]) equal |= 1u << other;
-    });
-    if (n) m.set_predicate(i.operands[0], lane, equal == lanes);
-    m.set(i.operands[n], lane, !all || equal == lanes ? equal : 0);
-  });
-}
-
-void reduce(Machine& m, const Instruction& i, uint32_t lanes) {
-  const int first = __builtin_ctz(lanes);
-  uint32_t result = m.bits(i.operands[1], first);
-  m.each(lanes & (lanes - 1),
-         [&](int lane) { result = combine(i, result, m.bits(i.operands[1], lane), 0); });
-  m.set(i.operands[0], first, result);
-}
-
 const char* const kAccess =
     " E 128 64 32 U8 S8 U16 S16 CONSTANT EL EF LU EU NA STRONG WEAK GPU SM SYS CTA LTC64B LTC128B "
-    "LTC256B BYPASS ACCESS ";
+    "LTC256B BYPASS ACCESS ZFILL ";
 const char* const kAtomic =
-    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC 32 S32 U32 64 STRONG GPU SYS SM CTA ";
+    " E ADD MIN MAX AND OR XOR EXCH CAS POPC INC DEC 32 S32 U32 64 STRONG GPU SYS SM CTA ";
 
 }  // namespace
 
@@ -367,29 +221,6 @@ const Entries& movement_entries() {
       {"CS2R", {read_special, " 32 "}},
       {"S2UR", {to_uniform, " "}},
       {"R2UR", {to_uniform, " "}},
-      {"BRA", {branch, " U DIV CONV "}},
-      {"CALL", {call, " REL ABS NOINC "}},
-      {"RET", {return_from, " REL ABS NODEC "}},
-      {"EXIT", {leave, " "}},
-      {"BPT", {trap, " TRAP INT "}},
-      {"NOP", {nothing, " "}},
-      {"YIELD", {nothing, " "}},
-      {"NANOSLEEP", {nothing, " "}},
-      {"MEMBAR", {nothing, " ALL SC CTA GPU SYS VC "}},
-      {"ERRBAR", {nothing, " "}},
-      {"CCTL", {nothing, " IVALL PF1 PF2 E "}},
-      {"BSSY", {start_convergence, " "}},
-      {"BSYNC", {converge, " "}},
-      {"BREAK", {drop_out, " "}},
-      {"BMOV", {move_convergence, " 32 CLEAR "}},
-      {"WARPSYNC", {sync_warp, " ALL COLLECTIVE "}},
-      {"ENDCOLLECTIVE", {end_collective, " "}},
-      {"BAR", {barrier, " SYNC ARV DEFER_BLOCKING "}},
-      {"SHFL", {shuffle, " IDX UP DOWN BFLY "}},
-      {"VOTE", {vote, " ANY ALL "}},
-      {"VOTEU", {vote, " ANY ALL "}},
-      {"MATCH", {match, " ANY ALL U32 U64 "}},
-      {"REDUX", {reduce, " SUM MIN MAX OR XOR S32 "}},
   };
   return entries;
 }

@@ -11,6 +11,7 @@
 
 #include "memory.h"
 #include "program.h"
+#include "text.h"
 
 namespace emulator::sass {
 
@@ -18,19 +19,6 @@ namespace {
 
 using std::string;
 using std::vector;
-
-string trim(const string& s) {
-  const size_t first = s.find_first_not_of(" \t\r"), last = s.find_last_not_of(" \t\r;");
-  return first == string::npos || last == string::npos ? "" : s.substr(first, last - first + 1);
-}
-
-vector<string> split(const string& s, char separator) {
-  vector<string> parts;
-  std::istringstream stream(s);
-  for (string part; std::getline(stream, part, separator);)
-    if (!trim(part).empty()) parts.push_back(trim(part));
-  return parts;
-}
 
 bool starts_with(const string& s, const string& prefix) { return s.rfind(prefix, 0) == 0; }
 
@@ -204,9 +192,13 @@ Instruction parse_instruction(const string& line) {
   i.modifiers.erase(i.modifiers.begin());
   check_opcode(i);
   if (end != string::npos)  // RET separates its operands by a space
-    for (const string& operand : split(rest.substr(end), i.opcode == "RET" ? ' ' : ','))
+    for (const string& operand : split(trim(rest.substr(end)), i.opcode == "RET" ? ' ' : ','))
       i.operands.push_back(parse_operand(operand));
   join_halves(i);
+  const bool global = i.opcode.back() == 'G' || i.opcode == "RED";
+  for (Operand& operand : i.operands)  // global addresses are pairs, said or unsaid
+    if (global && operand.place == Place::kMemory && operand.memory.reg >= 0)
+      operand.memory.wide = true;
   return i;
 }
 

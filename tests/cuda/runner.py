@@ -12,7 +12,14 @@ from emulated import DTYPE_CODES, MODE_CODES
 from machine_code import Program
 from torch import Tensor
 
-from topk_megatron.ops.reference import WORD_BITS
+from tests.rows import as_bits, make_rows
+from topk_megatron.ops.reference import (
+    WORD_BITS,
+    bits_to_indices_reference,
+    index_dtype,
+    topk_mask_reference,
+    unpack_bits,
+)
 
 SECTOR_BYTES = 32
 WARP_LANES = 32
@@ -99,6 +106,63 @@ def _outcome(index: int, case: Forward | Backward, folder: Path, line: str) -> O
     return Outcome(out_RH, bits, Counters(**json.loads(line)))
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """A case for the kernels of sparse rows: x [R, H], its bits, k of them in every row."""
+
+    x_RH: Tensor
+    bits: Tensor
+    k: int
+    index: torch.dtype
+
+
+@dataclass(frozen=True)
+class SparseOutcome:
+    """What the kernels made of a sparse case: the last is the scatter of the second."""
+
+    indices_RK: Tensor
+    values_RK: Tensor
+    dense_RH: Tensor
+    counts_H: Tensor
+    counters: Counters
+
+
+def _sparse_outcome(path: Path, case: Sparse, line: str) -> SparseOutcome:
+    rows, hidden = case.x_RH.shape
+    parts = [
+        (case.index, (rows, case.k)),
+        (case.x_RH.dtype, (rows, case.k)),
+        (case.x_RH.dtype, (rows, hidden)),
+        (torch.int64, (hidden,)),
+    ]
+    sizes = [dtype.itemsize * int(np.prod(shape)) for dtype, shape in parts]
+    raw = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).split(sizes)
+    tensors = [
+        piece.clone().view(dtype).reshape(shape)
+        for piece, (dtype, shape) in zip(raw, parts, strict=True)
+    ]
+    return SparseOutcome(*tensors, counters=Counters(**json.loads(line)))
+
+
+def run_sparse_cases(
+    program: Program, cases: Sequence[Sparse], folder: Path
+) -> list[SparseOutcome]:
+    """Run all cases in one process, as `run_cases` does."""
+    lines = []
+    for i, case in enumerate(cases):
+        (folder / f"{i}.in").write_bytes(_raw(case.x_RH) + _raw(case.bits))
+        rows, hidden = case.x_RH.shape
+        size = case.index.itemsize.bit_length() - 1
+        files = f"{folder / f'{i}.in'} {folder / f'{i}.out'}"
+        dtype = DTYPE_CODES[case.x_RH.dtype]
+        lines.append(f"sparse {dtype} {size} {rows} {hidden} {case.k} {files}\n")
+    reports = _run_driver(program, "".join(lines))
+    return [
+        _sparse_outcome(folder / f"{i}.out", case, report)
+        for i, (case, report) in enumerate(zip(cases, reports, strict=True))
+    ]
+
+
 def run_cases(program: Program, cases: Sequence[Forward | Backward], folder: Path) -> list[Outcome]:
     """Run all cases in one process.
 
@@ -106,14 +170,46 @@ def run_cases(program: Program, cases: Sequence[Forward | Backward], folder: Pat
         RuntimeError: the emulator stopped or warned; the message has its output.
     """
     lines = "".join(_case_line(i, case, folder) for i, case in enumerate(cases))
-    command = [str(program.driver), str(MULTIPROCESSORS), *map(str, program.files)]
-    result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr}")
-    reports = result.stdout.splitlines()
-    if result.stderr:
-        raise RuntimeError(f"the emulator warned:\n{result.stderr}")
+    reports = _run_driver(program, lines)
     return [
         _outcome(i, case, folder, report)
         for i, (case, report) in enumerate(zip(cases, reports, strict=True))
     ]
+
+
+def _run_driver(program: Program, lines: str) -> list[str]:
+    command = [str(program.driver), str(MULTIPROCESSORS), *map(str, program.files)]
+    result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr}")
+    if result.stderr:
+        raise RuntimeError(f"the emulator warned:\n{result.stderr}")
+    return result.stdout.splitlines()
+
+
+def check_sparse_rows(program: Program, folder: Path) -> list[SparseOutcome]:
+    """Assert that the kernels of sparse rows equal their definitions bitwise."""
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for hidden in (1, 33, 250, 1024, 4099, 8192):
+            x_RH = make_rows("random_bits", (5, hidden), dtype, seed=hidden)
+            for k in {1, (hidden + 15) // 16, hidden}:
+                key_RH = make_rows("normal", (5, hidden), torch.float32, seed=k)
+                bits = topk_mask_reference(key_RH, k, "value")[1]
+                cases += [
+                    Sparse(x_RH, bits, k, index)
+                    for index in {index_dtype(hidden), torch.int32, torch.int64}
+                ]
+    outcomes = run_sparse_cases(program, cases, folder)
+    for case, outcome in zip(cases, outcomes, strict=True):
+        hidden, raw_RH = case.x_RH.shape[1], as_bits(case.x_RH)
+        mask_RH = unpack_bits(case.bits, hidden)
+        indices_RK = bits_to_indices_reference(case.bits, hidden, case.k)
+        about = f"{outcome.counters.kernel}, H={hidden}, k={case.k}"
+        assert torch.equal(outcome.indices_RK, indices_RK.to(case.index)), about
+        values_RK = raw_RH.gather(1, indices_RK.long())
+        assert torch.equal(as_bits(outcome.values_RK), values_RK), about
+        assert torch.equal(as_bits(outcome.dense_RH), torch.where(mask_RH, raw_RH, 0)), about
+        assert torch.equal(outcome.counts_H, mask_RH.sum(0)), about
+        assert outcome.counters.warnings == 0, about
+    return outcomes

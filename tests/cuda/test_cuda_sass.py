@@ -4,23 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from count import HIDDEN, SHARES, Count, Shape, count_shapes, parse_k
+from count import HIDDEN, NUM_ROWS, SHARES, Count, Shape, count_shapes, parse_k
 from emulated import DTYPES
-from hopper import PIPES
+from hopper import HALF_COMPARE, PIPES
 from machine_code import Program, Toolchain
-from runner import SECTOR_BYTES, Backward, Forward, run_cases
+from runner import SECTOR_BYTES, Backward, Forward, check_sparse_rows, run_cases
 
 from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
-# Of a normal row, per element: thread instructions in the ALU, and issued in all. The memory of an
-# H100 leaves time for 17.7 and 35.4 of them where an element has two bytes, and for twice as many
-# where it has four.
+# Of a normal row, per element: thread instructions in the ALU, comparisons of halves included
+# because nobody says where they run, and issued in all. The memory of an H100 leaves time for 17.7
+# and 35.4 of them where an element has two bytes, that of an H200 for 12.7 and 25.3; for twice as
+# many where it has four bytes.
 LIMITS = {
-    "bfloat16": {"ALU": 17, "issue": 35},
-    "float16": {"ALU": 17, "issue": 35},
-    "float32": {"ALU": 35, "issue": 70},
+    "bfloat16": {"ALU": 12.6, "issue": 25},
+    "float16": {"ALU": 12.6, "issue": 25},
+    "float32": {"ALU": 25, "issue": 50},
 }
+SHORT_ROW = 1024  # has few elements to share the scalar work of a row: within the H100's limits
+SHORT_ROW_LIMITS = {"bfloat16": {"ALU": 17, "issue": 35}, "float16": {"ALU": 17, "issue": 35}}
 MOST_FOR_UNUSUAL_ROWS = 1.5  # times a normal row
 UNUSUAL = ("few_distinct", "relu", "zeros_of_both_signs", "all_equal", "ascending")
 UNUSUAL_SHARE = "H/16"
@@ -66,6 +69,10 @@ def test_sass_of_backward_equals_the_reference(sass: Program, dtype: str, tmp_pa
         assert torch.equal(as_bits(outcome.out_RH), expected_RH), outcome.counters.kernel
 
 
+def test_sass_of_sparse_rows_equals_the_reference(sass: Program, tmp_path: Path) -> None:
+    check_sparse_rows(sass, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def counted(sass: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[Shape, Count]:
     """Count normal rows for each share of k, and unusual rows for one."""
@@ -88,6 +95,7 @@ def _sum(counters_opcodes: dict[str, int], opcode: str) -> int:
 def test_counts_agree_with_what_a_row_needs(
     counted: dict[Shape, Count], dtype: str, hidden: int
 ) -> None:
+    most_reread = 4 / NUM_ROWS  # the first rows of a block's four warps
     for shape, count in counted.items():
         if (shape.dtype, shape.hidden) != (dtype, hidden):
             continue
@@ -97,30 +105,27 @@ def test_counts_agree_with_what_a_row_needs(
             count.issued
         )
         row_bytes = hidden * DTYPES[dtype].itemsize
-        assert _sum(counters.opcodes, "LDG") == rows * row_bytes // BYTES_PER_LOAD, shape
-        assert _sum(counters.opcodes, "LDG") == counters.load_requests
+        # A jump over a gap reads the row again, from a cache: a warp's first row needs one at times.
+        loads, needed = _sum(counters.opcodes, "LDG"), rows * row_bytes // BYTES_PER_LOAD
+        assert needed <= loads, shape
+        assert shape.kind != "normal" or loads <= needed + most_reread * needed, shape
+        assert loads == counters.load_requests
         assert _sum(counters.opcodes, "STG") == counters.store_requests
-        assert counters.load_sectors == rows * row_bytes // SECTOR_BYTES
+        assert counters.load_sectors == loads * BYTES_PER_LOAD // SECTOR_BYTES
         assert counters.store_sectors == rows * (row_bytes + hidden // 8) // SECTOR_BYTES
 
 
-NOT_YET = pytest.mark.xfail(
-    strict=False, reason="the kernel is being rewritten to stay below these limits"
-)
-
-
-@NOT_YET
 @shape_parameters
 def test_a_normal_row_stays_within_the_instruction_budget(
     counted: dict[Shape, Count], dtype: str, hidden: int
 ) -> None:
     for share in SHARES:
         count = counted[Shape(dtype, hidden, parse_k(share, hidden))]
-        assert count.pipes["ALU"] <= LIMITS[dtype]["ALU"], share
-        assert count.issued <= LIMITS[dtype]["issue"], share
+        limits = (SHORT_ROW_LIMITS if hidden == SHORT_ROW else LIMITS).get(dtype, LIMITS[dtype])
+        assert count.pipes["ALU"] + count.pipes[HALF_COMPARE] <= limits["ALU"], share
+        assert count.issued <= limits["issue"], share
 
 
-@NOT_YET
 @shape_parameters
 def test_unusual_rows_cost_at_most_half_again(
     counted: dict[Shape, Count], dtype: str, hidden: int
@@ -131,3 +136,13 @@ def test_unusual_rows_cost_at_most_half_again(
         unusual = counted[Shape(dtype, hidden, k, kind)]
         assert unusual.issued <= MOST_FOR_UNUSUAL_ROWS * normal.issued, kind
         assert unusual.pipes["ALU"] <= MOST_FOR_UNUSUAL_ROWS * normal.pipes["ALU"], kind
+
+
+@shape_parameters
+def test_nothing_serialises_banks_or_needs_atomics(
+    counted: dict[Shape, Count], dtype: str, hidden: int
+) -> None:
+    for shape, count in counted.items():
+        if (shape.dtype, shape.hidden) == (dtype, hidden):
+            assert count.counters.atomic_requests == 0, shape
+            assert count.counters.shared_wavefronts == count.counters.shared_requests, shape

@@ -67,6 +67,10 @@ TOPK_INLINE int next_order(const Bracket& bracket, uint32_t k, int counts, bool 
   return static_cast<int>(static_cast<uint32_t>(bracket.low) + step);  // as words: it may not fit
 }
 
+// A bound that finds nothing new far from the threshold is in a wide gap. Near the threshold, where
+// few elements are left, that is usual, and interpolation is cheaper than a jump for a while.
+constexpr int kCountsBeforeJump = 12;
+
 // Moves the end of the bracket at which the last bound was to the next value that occurs. Rows with
 // few distinct values have wide gaps, in which interpolation and halving would find nothing.
 template <class Fmt, bool kOneWarp, class Chunks>
@@ -117,11 +121,11 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
       bracket.high = found.order;
       bracket.above_high = above;
     }
-    if (counts == 1) {
-      const float missed = static_cast<float>(at_low ? above - k : k - above);
+    const uint32_t missed = at_low ? above - k : k - above;
+    if (counts == 1)
       reach = floor_to_word(forecast.orders_per_element * missed * 1.25f) + 1;
-    }
-    const bool jumps = in_gap && (counts <= 2 || counts > kInterpolations);
+    const bool jumps = in_gap && bracket.width() > 1 &&
+                       (2 * missed >= k || counts > kCountsBeforeJump);
     if (jumps) jump_over_gap<Fmt>(team, chunks, at_low, bracket);
     if (bracket.width() == 1) {
       found = {bracket.high, k - bracket.above_high};

@@ -2,9 +2,11 @@
 //
 //   driver <multiprocessors> <program file>... < cases
 //
-// A case is a line "direction dtype mode rows hidden k input output". The direction is forward or
-// backward, the input file holds x (backward: dy, then the bits), and the output file receives y
-// and the bits (backward: dx). The driver prints one JSON object with the counters per case. The
+// A case is a line "direction dtype mode rows hidden k input output". The direction is forward,
+// backward or sparse, the input file holds x (otherwise: dy or x, then the bits), and the output
+// file receives y and the bits (backward: dx). A sparse case turns the bits into indices of 1, 2, 4
+// or 8 bytes (mode 0 to 3), gathers x there, scatters that and counts the bits; the output file
+// receives the four results. The driver prints one JSON object with the counters per case. The
 // emulator ends the process at an access out of bounds or a deadlock, and counts lesser faults
 // (shared races) as warnings.
 #include "topk_mask_cuda.h"
@@ -81,7 +83,38 @@ void print(const std::string& kernel, const emulator::Counters& c) {
   fflush(stdout);
 }
 
+void check(int error, const Case& c) {
+  if (error) give_up("the launcher refused", (c.direction + (" " + std::to_string(error))).c_str());
+}
+
+void run_sparse(const Case& c) {
+  const int word_bytes = c.dtype == 0 ? 4 : 2, index_bytes = 1 << c.mode;
+  emulator::Device& device = emulator::device();
+  device.clear();
+  Buffer x(c.rows * c.hidden * word_bytes, false), bits(c.rows * ((c.hidden + 31) / 32) * 4, false);
+  Buffer indices(c.rows * c.k * index_bytes, true), values(c.rows * c.k * word_bytes, true);
+  Buffer dense(c.rows * c.hidden * word_bytes, true), counts(c.hidden * 8, true);
+  FILE* file = open(c.input, "rb");
+  x.read(file);
+  bits.read(file);
+  fclose(file);
+  memset(counts.pointer(), 0, c.hidden * 8);
+  check(topk_bits_to_indices_cuda(bits.pointer<uint32_t>(), indices.pointer(), c.rows, c.hidden,
+                                  c.k, index_bytes, nullptr), c);
+  check(topk_gather_row_cuda(x.pointer(), indices.pointer(), values.pointer(), c.rows, c.hidden,
+                             c.k, word_bytes, index_bytes, nullptr), c);
+  check(topk_scatter_row_cuda(values.pointer(), indices.pointer(), dense.pointer(), c.rows,
+                              c.hidden, c.k, word_bytes, index_bytes, nullptr), c);
+  check(topk_count_bits_cuda(bits.pointer<uint32_t>(), counts.pointer<int64_t>(), c.rows, c.hidden,
+                             nullptr), c);
+  file = open(c.output, "wb");
+  for (const Buffer* result : {&indices, &values, &dense, &counts}) result->write(file);
+  fclose(file);
+  print(device.kernels, device.counters);
+}
+
 void run(const Case& c) {
+  if (c.direction[0] == 's') return run_sparse(c);
   const size_t row_bytes = static_cast<size_t>(c.hidden) * (c.dtype == 0 ? 4 : 2);
   const size_t bits_bytes = static_cast<size_t>(c.hidden + 31) / 32 * 4;
   emulator::Device& device = emulator::device();
@@ -97,7 +130,7 @@ void run(const Case& c) {
                                            c.rows, c.hidden, c.k, c.dtype, c.mode, nullptr)
                   : topk_mask_cuda_backward(in.pointer(), bits.pointer<uint32_t>(), out.pointer(),
                                             c.rows, c.hidden, c.dtype, nullptr);
-  if (error) give_up("the launcher refused", (c.direction + (" " + std::to_string(error))).c_str());
+  check(error, c);
   file = open(c.output, "wb");
   out.write(file);
   if (c.forward()) bits.write(file);

@@ -105,7 +105,7 @@ def test_counts_agree_with_what_a_row_needs(
             count.issued
         )
         row_bytes = hidden * DTYPES[dtype].itemsize
-        # A jump over a gap reads the row again, from a cache: a warp's first row needs one at times.
+        # A jump over a gap reads the row again, from a cache; a first row needs one at times.
         loads, needed = _sum(counters.opcodes, "LDG"), rows * row_bytes // BYTES_PER_LOAD
         assert needed <= loads, shape
         assert shape.kind != "normal" or loads <= needed + most_reread * needed, shape

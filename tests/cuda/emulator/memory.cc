@@ -85,45 +85,45 @@ const char* GlobalMemory::fault(uint64_t address, int bytes, bool write) const {
 void SharedMemory::start_block(size_t bytes, int warps) {
   ++block_;
   bytes_.assign(bytes, kUndefinedByte);
-  if (words_.size() < bytes / 4 + 1) words_.resize(bytes / 4 + 1);
+  if (cells_.size() < bytes / kCellBytes + 1) cells_.resize(bytes / kCellBytes + 1);
   for (int warp = 0; warp < warps; ++warp) {
     clocks_[warp].fill(0);
     clocks_[warp][warp] = 1;
   }
 }
 
-SharedMemory::Word& SharedMemory::word(uint64_t index) {
-  Word& word = words_[index];
-  if (word.block != block_) {
-    word = Word();
-    word.block = block_;
+SharedMemory::Cell& SharedMemory::word(uint64_t index) {
+  Cell& cell = cells_[index];
+  if (cell.block != block_) {
+    cell = Cell();
+    cell.block = block_;
   }
-  return word;
+  return cell;
 }
 
-std::string SharedMemory::race(const Word& word, Access access, int warp) const {
+std::string SharedMemory::race(const Cell& cell, Access access, int warp) const {
   const Clock& known = clocks_[warp];
   const char* what = access == Access::kRead ? "read" : "write";
-  const bool both_atomic = access == Access::kAtomic && word.atomic;
-  if (word.writer >= 0 && word.writer != warp && word.write_clock > known[word.writer] &&
+  const bool both_atomic = access == Access::kAtomic && cell.atomic;
+  if (cell.writer >= 0 && cell.writer != warp && cell.write_clock > known[cell.writer] &&
       !both_atomic)
-    return std::string(what) + " after a write by warp " + std::to_string(word.writer);
-  if (access == Access::kRead || !word.readers) return "";
+    return std::string(what) + " after a write by warp " + std::to_string(cell.writer);
+  if (access == Access::kRead || !cell.readers) return "";
   for (int reader = 0; reader < kMaxWarps; ++reader)
-    if (word.readers >> reader & 1 && reader != warp && word.read_clock[reader] > known[reader])
+    if (cell.readers >> reader & 1 && reader != warp && cell.read_clock[reader] > known[reader])
       return std::string(what) + " after a read by warp " + std::to_string(reader);
   return "";
 }
 
 std::string SharedMemory::touch(uint64_t address, int bytes, Access access, int warp) {
   std::string wrong;
-  for (uint64_t index = address / 4; index <= (address + bytes - 1) / 4; ++index) {
-    Word& at = word(index);
+  for (uint64_t index = address / kCellBytes; index <= (address + bytes - 1) / kCellBytes; ++index) {
+    Cell& at = cell(index);
     const std::string found = race(at, access, warp);
     if (!found.empty()) wrong = "shared race: " + found + " with no barrier between";
     if (access != Access::kWrite && !at.defined)
       wrong = "read of shared memory that this block has not written (or still copies)";
-    if (!wrong.empty()) wrong += ", at byte " + std::to_string(index * 4);
+    if (!wrong.empty()) wrong += ", at byte " + std::to_string(index * kCellBytes);
     if (access == Access::kRead) {
       at.readers |= 1u << warp;
       at.read_clock[warp] = clocks_[warp][warp];
@@ -139,8 +139,8 @@ std::string SharedMemory::touch(uint64_t address, int bytes, Access access, int 
 
 std::string SharedMemory::promise(uint64_t address, int bytes, int warp) {
   const std::string wrong = touch(address, bytes, Access::kWrite, warp);
-  for (uint64_t index = address / 4; index <= (address + bytes - 1) / 4; ++index)
-    word(index).defined = false;
+  for (uint64_t index = address / kCellBytes; index <= (address + bytes - 1) / kCellBytes; ++index)
+    cell(index).defined = false;
   memset(&bytes_[address], kUndefinedByte, bytes);
   return wrong;
 }

@@ -54,7 +54,7 @@ class GlobalMemory {
 enum class Access { kRead, kWrite, kAtomic };
 
 // A block's shared memory. Every warp has a vector clock; a barrier joins the clocks of the warps
-// that take part. Two accesses to a word by different warps race if at least one writes and neither
+// that take part. Two accesses to a cell of two bytes by different warps race if at least one writes and neither
 // clock knows of the other.
 class SharedMemory {
  public:
@@ -74,17 +74,19 @@ class SharedMemory {
   void acquire(int warp, const Clock& barrier);
 
  private:
-  struct Word {
+  // What is known of this many bytes: warps may write neighbouring halves of a word.
+  static constexpr uint64_t kCellBytes = 2;
+  struct Cell {
     uint32_t block = 0, write_clock = 0, readers = 0;
     int writer = -1;
     bool defined = false, atomic = false;
     Clock read_clock;
   };
-  Word& word(uint64_t index);
-  std::string race(const Word& word, Access access, int warp) const;
+  Cell& cell(uint64_t index);
+  std::string race(const Cell& cell, Access access, int warp) const;
 
   std::vector<uint8_t> bytes_;
-  std::vector<Word> words_;
+  std::vector<Cell> cells_;
   std::array<Clock, kMaxWarps> clocks_;
   uint32_t block_ = 0;
 };

@@ -129,8 +129,8 @@ TOPK_INLINE void backward_rows(const void* dy, const uint32_t* bits, void* dx, i
 // per processor). The last one sets the register budget.
 #define TOPK_VARIANTS(X, dtype_name, dtype, mode_name, abs)                       \
   X(topk_mask_##dtype_name##_##mode_name##_warp2, dtype, abs, 2, true, 128, 8)    \
-  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128, 8)    \
-  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128, 6)    \
+  X(topk_mask_##dtype_name##_##mode_name##_warp4, dtype, abs, 4, true, 128, 7)    \
+  X(topk_mask_##dtype_name##_##mode_name##_warp8, dtype, abs, 8, true, 128, 5)    \
   X(topk_mask_##dtype_name##_##mode_name##_warp16, dtype, abs, 16, true, 128, 4)  \
   X(topk_mask_##dtype_name##_##mode_name##_block8, dtype, abs, 8, false, 512, 1)  \
   X(topk_mask_##dtype_name##_##mode_name##_stream, dtype, abs, 0, false, 1024, 1)

@@ -114,7 +114,7 @@ TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
 template <class Fmt, int kHeld>
 class WarpChunks {
  public:
-  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
+  static constexpr int kUnroll = kHeld > 0 ? kHeld : 2;
   static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
   static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
 

@@ -92,7 +92,7 @@ void SharedMemory::start_block(size_t bytes, int warps) {
   }
 }
 
-SharedMemory::Cell& SharedMemory::word(uint64_t index) {
+SharedMemory::Cell& SharedMemory::cell(uint64_t index) {
   Cell& cell = cells_[index];
   if (cell.block != block_) {
     cell = Cell();

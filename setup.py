@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("topk_megatron/ops/csrc")
 CPU_SOURCES = ("bindings_cpu.cpp", "topk_mask_cpu.cpp", "topk_mask_cpu_avx2.cpp",
                "topk_mask_cpu_avx512.cpp")  # fmt: skip
-CUDA_SOURCES = ("bindings_cuda.cpp", "topk_mask_cuda.cu")
+CUDA_SOURCES = ("bindings_cuda.cpp", "topk_mask_cuda.cu", "topk_sparse_cuda.cu")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with a stable parallel_for
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 SWITCHES = ("auto", "force", "off")

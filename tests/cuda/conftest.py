@@ -1,13 +1,12 @@
 """Builds what the CUDA tests execute, once per session."""
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from emulated import CSRC, EmulatedKernels, build, find_compiler
-from ptx_runner import PTX_ARCHITECTURES, PtxTools
+from emulated import EmulatedKernels, build, find_compiler
+from machine_code import Language, Toolchain, find_cuda_tool, find_nvcc
+from snippets import Compile, SnippetRunner, module
 
 
 @pytest.fixture(scope="session")
@@ -18,38 +17,43 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels(build(tmp_path_factory.mktemp("emulated") / "libtopk_emulated.so"))
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+@pytest.fixture(scope="session")
+def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
+    """Provide what nvcc makes of the kernels; the processes of a parallel session share it."""
+    nvcc, compiler = find_nvcc(), find_compiler()
+    if nvcc is None:
+        pytest.skip("no nvcc (PATH or TOPK_NVCC): PTX and SASS are not checked")
+    if compiler is None:
+        pytest.skip("no C++ compiler: PTX and SASS are not executed")
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Toolchain(nvcc, compiler, session / "toolchain")
 
 
 @pytest.fixture(scope="session")
-def nvcc() -> str:
-    """Find the CUDA compiler."""
-    found = os.environ.get("TOPK_NVCC") or shutil.which("nvcc")
+def cuobjdump() -> str:
+    """Find the disassembler."""
+    found = find_cuda_tool("cuobjdump")
     if found is None:
-        pytest.skip("no nvcc on PATH: PTX and SASS are not checked")
+        pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
     return found
 
 
-@pytest.fixture(scope="session")
-def ptx_tools(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> PtxTools:
-    """Build the PTX and its driver; TOPK_PTXEMU_DIR is the folder of ptxemu.h and ptxemu.cc."""
-    emulator = os.environ.get("TOPK_PTXEMU_DIR")
-    if emulator is None:
-        pytest.skip("TOPK_PTXEMU_DIR (folder of the PTX emulator) is not set: PTX is not executed")
-    compiler = find_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler: PTX is not executed")
-    folder = tmp_path_factory.mktemp("ptx")
-    driver, sources = folder / "driver", Path(__file__).parent / "ptx" / "driver.cpp"
-    # fmt: off
-    _run([compiler, "-O2", "-std=c++17", "-w", f"-I{emulator}", f"-I{CSRC}", str(sources),
-          f"{emulator}/ptxemu.cc", "-o", str(driver)])
-    # fmt: on
-    ptx = {arch: folder / f"topk_mask_{arch}.ptx" for arch in PTX_ARCHITECTURES}
-    for arch, path in ptx.items():
-        kernel = str(CSRC / "topk_mask_cuda.cu")
-        _run([nvcc, "-O3", "-std=c++17", f"-arch=compute_{arch}", "-ptx", kernel, "-o", str(path)])
-    return PtxTools(driver, ptx)
+@pytest.fixture(scope="module", params=["ptx", "sass"])
+def language(request: pytest.FixtureRequest) -> Language:
+    return request.param
+
+
+@pytest.fixture
+def compiled(
+    language: Language, toolchain: Toolchain, tmp_path: Path, request: pytest.FixtureRequest
+) -> Compile:
+    """Return a function that prepares snippets for execution."""
+    cuobjdump = request.getfixturevalue("cuobjdump") if language == "sass" else None
+
+    def prepare(bodies: dict[str, str], declarations: str = "") -> SnippetRunner:
+        ptx = tmp_path / "snippet.ptx"
+        ptx.write_text(module(bodies, declarations))
+        return toolchain.snippets(language, ptx, cuobjdump)
+
+    return prepare

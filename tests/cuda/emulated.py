@@ -19,8 +19,7 @@ LIBRARY_SOURCE = HERE / "emulation" / "topk_mask_emulated.cpp"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE_CODES = {"value": 0, "abs": 1}
-VARIANTS = ("warp2", "warp4", "warp8", "block8", "stream")
-SHARED_LIMIT = 227 * 1024
+VARIANTS = ("warp2", "warp4", "warp8", "warp16", "block8", "stream")
 
 
 def find_compiler() -> str | None:
@@ -71,17 +70,30 @@ class EmulatedKernels:
         self._library.emulated_backward.argtypes = [
             *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_uint64,
         ]  # fmt: skip
+        self._library.emulated_bits_to_indices.argtypes = [
+            *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_int] * 3, ctypes.c_uint64,
+        ]  # fmt: skip
+        for name in ("emulated_gather_row", "emulated_scatter_row"):
+            getattr(self._library, name).argtypes = [
+                *[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 4, ctypes.c_uint64,
+            ]  # fmt: skip
+        self._library.emulated_count_bits.argtypes = [
+            *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_int, ctypes.c_uint64,
+        ]  # fmt: skip
 
     def forward(
-        self, x_RH: Tensor, k: int, mode: str, *, seed: int = 0, shared_limit: int = SHARED_LIMIT
+        self, x_RH: Tensor, k: int, mode: str, *, seed: int = 0, resident: int = 1
     ) -> tuple[Tensor, Tensor, str]:
-        """Return y [R, H], bits [R, ceil(H / 32)] and the name of the variant that ran."""
+        """Return y [R, H], bits [R, ceil(H / 32)] and the name of the variant that ran.
+
+        At most `resident` blocks run, so that they take turns on more rows than they have.
+        """
         rows, hidden = x_RH.shape
         y_RH = torch.full_like(x_RH, 7.0)
         bits = torch.full((rows, -(-hidden // WORD_BITS)), 0x55555555, dtype=torch.int32)
         variant = self._library.emulated_forward(
             x_RH.data_ptr(), y_RH.data_ptr(), bits.data_ptr(), rows, hidden, k,
-            DTYPE_CODES[x_RH.dtype], MODE_CODES[mode], shared_limit, seed,
+            DTYPE_CODES[x_RH.dtype], MODE_CODES[mode], resident, seed,
         )  # fmt: skip
         return y_RH, bits, VARIANTS[variant]
 
@@ -94,3 +106,43 @@ class EmulatedKernels:
             DTYPE_CODES[dy_RH.dtype], seed,
         )  # fmt: skip
         return dx_RH
+
+    def bits_to_indices(
+        self, bits: Tensor, hidden: int, k: int, dtype: torch.dtype, *, seed: int = 0
+    ) -> Tensor:
+        """Return the positions of the set bits of bits [R, W] as [R, k]."""
+        indices = torch.full((bits.shape[0], k), 7, dtype=dtype)
+        self._library.emulated_bits_to_indices(
+            bits.data_ptr(), indices.data_ptr(), bits.shape[0], hidden, k, dtype.itemsize, seed
+        )
+        return indices
+
+    def gather_row(self, x_RH: Tensor, indices_RK: Tensor, *, seed: int = 0) -> Tensor:
+        """Return x at the indices, [R, K]."""
+        rows, hidden = x_RH.shape
+        values_RK = torch.full(indices_RK.shape, 7.0, dtype=x_RH.dtype)
+        self._library.emulated_gather_row(
+            x_RH.data_ptr(), indices_RK.data_ptr(), values_RK.data_ptr(), rows, hidden,
+            indices_RK.shape[1], x_RH.itemsize, indices_RK.itemsize, seed,
+        )  # fmt: skip
+        return values_RK
+
+    def scatter_row(
+        self, values_RK: Tensor, indices_RK: Tensor, hidden: int, *, seed: int = 0
+    ) -> Tensor:
+        """Return [R, hidden] with the values at the indices and +0 elsewhere."""
+        rows, k = values_RK.shape
+        x_RH = torch.full((rows, hidden), 7.0, dtype=values_RK.dtype)
+        self._library.emulated_scatter_row(
+            values_RK.data_ptr(), indices_RK.data_ptr(), x_RH.data_ptr(), rows, hidden, k,
+            values_RK.itemsize, indices_RK.itemsize, seed,
+        )  # fmt: skip
+        return x_RH
+
+    def count_bits(self, bits: Tensor, hidden: int, *, seed: int = 0) -> Tensor:
+        """Return how many rows have each bit set, int64 [hidden]."""
+        counts = torch.zeros(hidden, dtype=torch.int64)
+        self._library.emulated_count_bits(
+            bits.data_ptr(), counts.data_ptr(), bits.shape[0], hidden, seed
+        )
+        return counts

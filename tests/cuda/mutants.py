@@ -2,8 +2,8 @@
 
     python tests/cuda/mutants.py [name ...]
 
-Every mutant is a textual change of a `.cuh` file. It faces `test_cuda_source.py` first and, if that
-passes and TOPK_PTXEMU_DIR is set, `test_cuda_ptx.py`. The script prints a Markdown table; its exit
+Every mutant is a textual change of a `.cuh` file. It faces the kernels' source first and, if that
+passes and nvcc is on PATH, the PTX. The script prints a Markdown table; its exit
 status is the number of survivors. benchmarks/results/topk_mask_mutants.md holds the results.
 """
 
@@ -16,10 +16,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine_code import find_nvcc
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "topk_megatron" / "ops" / "csrc"
 FAST_BUILD = {"TOPK_EMULATION_OPTIMISATION": "-O0"}  # most mutants die young
-SUITES = ("test_cuda_source.py", "test_cuda_ptx.py")
+SUITES = ("test_cuda_source.py", "test_cuda_sparse.py", "test_cuda_ptx.py")
 
 
 @dataclass(frozen=True)
@@ -39,99 +41,249 @@ class Mutant:
     equivalent: str = ""
 
 
-# fmt: off
 MUTANTS = (
     # barriers
-    Mutant("no barrier between warps' exchange and its reads",
-           "    __syncthreads();\n    return lane < warps", "    return lane < warps"),
+    Mutant(
+        "no barrier between warps' exchange and its reads",
+        "    __syncthreads();\n    return lane < warps",
+        "    return lane < warps",
+    ),
     Mutant("one exchange buffer instead of two", "    turn_ ^= 1;\n", ""),
-    Mutant("no barrier between packing the list and reading it",
-           "  team.sync();\n  const uint32_t size =", "  const uint32_t size ="),
-    Mutant("no barrier after the first warp publishes the threshold",
-           "    sync();\n    return {control_[kThreshold]", "    return {control_[kThreshold]"),
-    Mutant("no __syncwarp where one warp has the row", "      __syncwarp();\n", "      ;\n"),
-    Mutant("list sizes are not cleared", "  team.clear_scalars();\n", ""),
-    # keys
-    Mutant("float32 keys not rotated (negative NaNs become small)",
-           "(word, negative, kSign) - kRotation", "(word, negative, kSign)"),
-    Mutant("16-bit keys borrow across halves",
-           "return logic3<kA ^ (kB & kC)>(lent, word, kTops);",
-           "return logic3<kA ^ (kB | kC)>(word, negative, kTops) - kRotation * 0x10001u;"),
-    Mutant("NaNs are not one class (first)",
-           "container_of(key >= kFirstNan ? kFirstNan : key == kZero", "container_of(key == kZero"),
-    Mutant("NaNs are not one class (last)",
-           "key >= kFirstNan ? 0xffffffffu", "false ? 0xffffffffu"),
-    Mutant("infinity counts as NaN", "kInfinity - kRotation + 1;", "kInfinity - kRotation;"),
-    Mutant("-0 is smaller than +0 (first)", "key == kZero ? kMinusZero : key", "key"),
-    Mutant("-0 is smaller than +0 (last)", "key == kMinusZero ? kZero : key", "key"),
-    Mutant("mode abs compares signs",
-           "return and_again(word, kWide ? 0x7fffffffu : 0x7fff7fffu);", "return word;"),
-    Mutant("pads are zeros", "kAbs ? 0 : kSign | kInfinity;", "0;"),
-    # threshold
-    Mutant("quota rounded down",
-           "quota = (k + team.warps - 1) / team.warps;",
-           "quota = k < team.warps ? 1 : k / team.warps;"),
-    Mutant("largest floor instead of smallest", "team.min(quota <=", "team.max(quota <="),
-    Mutant("floor above the quota-th maximum",
-           "if (count >= quota) {", "if (2 * count >= quota) {"),
-    Mutant("one tie too few at the floor",
-           "floor_last, k - found};", "floor_last, k - found - 1};"),
-    Mutant("off by one: found < k", "if (found <= k) return", "if (found < k) return",
-           "k candidates: the list's threshold selects just them, too"),
-    Mutant("off by one: count > k in the list",
-           "{bound, 0xffffffffu, kAllTies};\n    if (count >= k) {",
-           "{bound, 0xffffffffu, kAllTies};\n    if (count > k) {",
-           "count is k here only inside a class, and the class is what counts"),
-    Mutant("off by two: count > k + 1 in the list",
-           "{bound, 0xffffffffu, kAllTies};\n    if (count >= k) {",
-           "{bound, 0xffffffffu, kAllTies};\n    if (count > k + 1) {"),
-    Mutant("bisection ends inside a class", "if (count == k && bound == Fmt::class_first(middle))",
-           "if (count == k)"),
-    Mutant("all ties although some must go", "return {first, last, all ? kAllTies : k - above};",
-           "return {first, last, kAllTies};"),
-    Mutant("elements above the window are forgotten", "      above = count;\n", ""),
-    Mutant("window ends one key early",
-           "window.high - window.low) | Fmt::kBelow;",
-           "window.high - window.low - 1) | Fmt::kBelow;"),
-    Mutant("list overflow is not checked", "if (base + of_warp <= kListCapacity) {", "{"),
-    Mutant("no exact fallback for long lists", "if (found <= kListCapacity) {", "if (true) {"),
-    Mutant("window left too wide for the list",
-           "while (reached - above > kListCapacity) {", "while (reached - above > k + 600) {"),
-    Mutant("column overflow is not checked", "if (size() < capacity) first_", "first_"),
-    Mutant("column overflow is not reported", "if (lost) of_warp = kLost;", ""),
+    # how values compare
+    Mutant(
+        "a NaN is above nothing",
+        'TOPK_COMPARE_HALVES("gtu", mask',
+        'TOPK_COMPARE_HALVES("gt", mask',
+    ),
+    Mutant(
+        "a float32 NaN is above nothing (source)",
+        "return !(as_float(compared(word)) <= as_float(bound));\n#endif",
+        "return as_float(compared(word)) > as_float(bound);\n#endif",
+    ),
+    Mutant(
+        "a half that is NaN is above nothing (source)",
+        "[](float x, float y) { return !(x <= y); }",
+        "[](float x, float y) { return x > y; }",
+    ),
+    Mutant(
+        "infinity counts as NaN (halves)",
+        "(magnitude & 0xffffu) > kInfinity",
+        "(magnitude & 0xffffu) >= kInfinity",
+    ),
+    Mutant(
+        "infinity counts as NaN (float32)",
+        "(word & 0x7fffffffu) > kInfinity",
+        "(word & 0x7fffffffu) >= kInfinity",
+    ),
+    Mutant("mode abs compares signs (source)", "if (kAbs) word &= 0x7fff7fffu;", ""),
+    Mutant("pads are zeros", "kAbs ? 0 : (0x8000u | kInfinity) * 0x10001u;", "0;"),
+    Mutant("float32 pads are zeros", "kAbs ? 0 : 0xff800000u;", "0;"),
+    Mutant(
+        "a sum of masks is read without its sign",
+        "const uint32_t counts = 0 - sum",
+        "const uint32_t counts = sum",
+    ),
+    Mutant(
+        "counts of upper halves are lost",
+        "(low + low + (counts >> 16)) & 0xffffu",
+        "(low + low) & 0xffffu",
+    ),
+    Mutant(
+        "a bound of negative order is not turned around",
+        "((order ^ (order >> 31 & 0x7fff)) & 0xffffu)",
+        "(order & 0xffffu)",
+    ),
+    # search
+    Mutant(
+        "off by one: above > k ends the search", "if (above == k) break;", "if (above >= k) break;"
+    ),
+    Mutant(
+        "off by one: k elements above are too few",
+        "const bool at_low = above > k;",
+        "const bool at_low = above > k + 1;",
+    ),
+    Mutant(
+        "the bracket closes one order early",
+        "if (bracket.width() == 1) {",
+        "if (bracket.width() <= 2) {",
+    ),
+    Mutant(
+        "ties at the lower end",
+        "found = {bracket.high, k - bracket.above_high};",
+        "found = {bracket.low, k - bracket.above_high};",
+    ),
+    Mutant(
+        "one tie too few",
+        "found = {bracket.high, k - bracket.above_high};",
+        "found = {bracket.high, k - bracket.above_high - 1};",
+    ),
+    Mutant("a step of nothing", "step = step < 1 ? 1 :", "step = step < 1 ? 0 :"),
+    Mutant(
+        "a step past the bracket",
+        "step > most ? most : step;",
+        "step > most + 1 ? most + 1 : step;",
+    ),
+    Mutant(
+        "a jump ends at the value instead of below it",
+        "static_cast<int>(of_row ^ kSign) - 1;",
+        "static_cast<int>(of_row ^ kSign);",
+    ),
+    Mutant(
+        "a jump takes the value's lower neighbour",
+        "bracket.high = static_cast<int>(of_row ^ kSign);",
+        "bracket.high = static_cast<int>(of_row ^ kSign) - 1;",
+    ),
+    Mutant(
+        "jumps compare orders as unsigned words",
+        "constexpr uint32_t kSign = 0x80000000u;  // turns",
+        "constexpr uint32_t kSign = 0;  // turns",
+    ),
+    Mutant("zero's order is that of +0", "return half == 0 ? -1 :", "return"),
+    Mutant("float32 zero's order is that of +0", "return bits == 0 ? -1 :", "return"),
+    Mutant(
+        "the forecast may be a NaN",
+        "found.order < Fmt::kOrders.top ? found.order : found.order - 1;",
+        "found.order;",
+    ),
+    Mutant(
+        "no jumps",
+        "const bool jumps = in_gap &&",
+        "const bool jumps = false && in_gap &&",
+        "only slower: the instruction budget of unusual rows is held by test_cuda_sass.py",
+    ),
+    Mutant(
+        "a cold forecast for every row",
+        "  forecast.order = found.order < ",
+        "  forecast = cold_forecast<Fmt>(hidden);\n  if (false) forecast.order = found.order < ",
+        "only slower: the instruction budget is held by test_cuda_sass.py",
+    ),
     # ties
-    Mutant("cut one lane late", "up_to_here >= wanted", "up_to_here > wanted"),
-    Mutant("cut one chunk late", "if (passed < ties) {", "if (passed <= ties) {",
-           "the later chunk's first slot becomes the cut, with no tie of its own taken"),
-    Mutant("cut one chunk early", "if (passed < ties) {", "if (passed + of_chunk < ties) {"),
-    Mutant("warps before this one are not counted", "threshold.ties - before, team.lane",
-           "threshold.ties, team.lane"),
-    Mutant("other warps' pads count as ties", "chunks_.owns(v) ? count_ties", "true ? count_ties"),
-    Mutant("a dropped tie in the cut slot", "(tie && ties > 0)) bits", "(tie && ties > 1)) bits"),
-    Mutant("ties before the cut are dropped",
-           "cut.slot ? threshold.first - 1 :", "cut.slot ? threshold.first :"),
-    Mutant("a bound below key 0 wraps around", "threshold.first == 0 ? 0 : cut.slot", "cut.slot"),
+    Mutant("cut one lane late", "up_to_here >= wanted)", "up_to_here > wanted)"),
+    Mutant("cut one chunk late", "if (passed >= wanted) return;", "if (passed > wanted) return;"),
+    Mutant(
+        "ties of earlier chunks are forgotten",
+        "up_to_here = before_chunk + inclusive",
+        "up_to_here = inclusive",
+    ),
+    Mutant(
+        "warps before this one are not counted",
+        "locate_cut<Fmt>(chunks, ties, wanted - before, team.lane)",
+        "locate_cut<Fmt>(chunks, ties, wanted, team.lane)",
+    ),
+    Mutant("other warps' pads count as ties", "if (chunks.owns(v)) count += ties", "count += ties"),
+    Mutant(
+        "a warp's last tie is dropped",
+        "if (before + of_warp <= wanted) return kEveryTie;",
+        "if (before + of_warp < wanted) return kEveryTie;",
+        "the cut is then located at the warp's last tie, with that tie taken",
+    ),
+    Mutant(
+        "a warp whose ties are not wanted takes one",
+        "if (before >= wanted) return kNoTie;",
+        "if (before > wanted) return kNoTie;",
+    ),
+    Mutant(
+        "a dropped tie in the cut slot", "i < count; ++i) rest &=", "i + 1 < count; ++i) rest &="
+    ),
+    Mutant(
+        "all ties of the cut slot are taken",
+        "lowest_bits(tie_bits<Fmt>(ties, raw), cut.ties)",
+        "tie_bits<Fmt>(ties, raw)",
+    ),
+    Mutant(
+        "ties before the cut are dropped", "slot < cut.slot ? with_ties : ties.value", "ties.value"
+    ),
+    Mutant(
+        "ties after the cut are taken",
+        "slot < cut.slot ? with_ties : ties.value",
+        "slot <= cut.slot + 32 ? with_ties : ties.value",
+    ),
+    Mutant(
+        "NaNs that are too many are taken",
+        "slot < cut.slot ? Fmt::kElements : slot == cut.slot ? cut.ties : 0;",
+        "Fmt::kElements;",
+    ),
     # write
-    Mutant("flipped comparison of 16-bit keys", "(kA & ~kB) | (kA & ~kC) | (~kB & ~kC);",
-           "(kA & kB) | (kA & ~kC) | (kB & ~kC);"),
-    Mutant("no tail mask for y",
-           "    if (static_cast<int>(v * kLanes) >= limit_) return;\n    uint8_t*", "    uint8_t*"),
+    Mutant("bits of upper halves are lost", "return bits | bits >> 16;\n  }", "return bits;\n  }"),
+    Mutant(
+        "no tail mask for y",
+        "    if (static_cast<int>(v * kLanes) >= limit_) return;\n    uint8_t*",
+        "    uint8_t*",
+    ),
     Mutant("no tail mask for bits", "if (static_cast<int>(v * kBitsBytes) < bits_limit_)", ""),
-    Mutant("nibbles of neighbours swapped",
-           "lane % 2 == 1 ? (other >> 4)", "lane % 2 == 0 ? (other >> 4)"),
-    Mutant("rows past the end are computed",
-           "  if (row >= rows) return;  // never a part of a warp or of a team\n", ""),
-    Mutant("backward takes the even slot's nibble", ">> (slot % 2 * 4)", ">> 0"),
+    Mutant(
+        "nibbles of neighbours swapped",
+        "lane % 2 == 1 ? (other >> 4)",
+        "lane % 2 == 0 ? (other >> 4)",
+    ),
+    Mutant(
+        "rows past the end are computed",
+        "  if (row >= rows) return;  // never a part of a warp or of a team\n",
+        "",
+    ),
+    Mutant("the next turn takes the same row", "    chunks.move(stride, size);\n", ""),
+    Mutant(
+        "the next turn keeps the old row's words",
+        "  for (;;) {\n    chunks.load_held();",
+        "  chunks.load_held();\n  for (;;) {",
+    ),
+    Mutant(
+        "backward takes the even slot's nibble", "Fmt::kWide ? byte >> (4 * odd) : byte", "byte"
+    ),
+    Mutant(
+        "backward leaves out a thread's last slot",
+        "if (i * kBackwardThreads < left)\n      backward",
+        "if ((i + 1) * kBackwardThreads < left)\n      backward",
+    ),
+    # sparse rows
+    Mutant(
+        "indices past k are written", "if (place < static_cast<uint32_t>(k)) to[place]", "to[place]"
+    ),
+    Mutant(
+        "indices of earlier words are overwritten",
+        "written += __shfl_sync",
+        "written = __shfl_sync",
+    ),
+    Mutant(
+        "no barrier before values enter the window",
+        "make_uint4(0, 0, 0, 0);\n    __syncthreads();",
+        "make_uint4(0, 0, 0, 0);",
+    ),
+    Mutant(
+        "no barrier before the window is written out",
+        "    __syncthreads();\n    if (aligned) {",
+        "    if (aligned) {",
+    ),
+    Mutant(
+        "no barrier before the next window",
+        "to[first + i] = window[i];\n    }\n    __syncthreads();",
+        "to[first + i] = window[i];\n    }",
+    ),
+    Mutant(
+        "values of other windows are written",
+        "if (at >= 0 && at < size) window",
+        "if (at < size) window",
+    ),
+    Mutant(
+        "the last rows are not counted",
+        "first + kCountedRows < rows ?",
+        "first + kCountedRows <= rows ?",
+        "the same rows",
+    ),
     # what only the PTX has
-    Mutant("assembly: candidates at the floor", "setp.gt.u32 p, %1, %2; @p st.shared",
-           "setp.ge.u32 p, %1, %2; @p st.shared"),
-    Mutant("assembly: kept at the bound", "setp.gt.u32 p, %2, %3; @p or.b32",
-           "setp.ge.u32 p, %2, %3; @p or.b32"),
-    Mutant("assembly: columns overlap",
-           "setp.le.u32 p, %2, %3; @p st.shared.u32 [%0], %1; @p add.u32 %0, %0, 128;",
-           "setp.le.u32 p, %2, %3; @p st.shared.u32 [%0], %1; @p add.u32 %0, %0, 64;"),
+    Mutant(
+        "assembly: a float32 NaN is not kept",
+        "setp.gtu.f32 p, %2, %3; @p add",
+        "setp.gt.f32 p, %2, %3; @p add",
+    ),
+    Mutant("assembly: signs count in mode abs", "abs.f32 a, %1; set.gtu", "mov.f32 a, %1; set.gtu"),
+    Mutant(
+        "assembly: ties of float32 are not equal",
+        '"set.eq.f32.f32 %0, %1, %2;"',
+        '"set.ne.f32.f32 %0, %1, %2;"',
+    ),
+    Mutant("assembly: the smaller half is the larger", 'asm("min.bf16x2', 'asm("max.bf16x2'),
 )
-# fmt: on
 
 
 def _first_failure(output: str) -> str:
@@ -148,7 +300,7 @@ def _first_failure(output: str) -> str:
 
 def _killer(mutated: Path) -> str | None:
     """Return the first test that fails on the mutated sources, or None if all pass."""
-    suites = SUITES if "TOPK_PTXEMU_DIR" in os.environ else SUITES[:1]
+    suites = SUITES if find_nvcc() else SUITES[:2]
     for suite in suites:
         # fmt: off
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",

@@ -1,41 +1,22 @@
-"""nvcc's output for the kernels, without a GPU: the PTX's results and counters, and the SASS.
+"""nvcc's PTX for the kernels, executed on CPU, and what ptxas says of it: registers, accesses."""
 
-Counters are the terms of the roofline, not a time. An H100 issues 132 x 4 x 1.755e9 warp
-instructions and moves 3.35e12 bytes per second. It issues 71 thread instructions in the time to
-move 8 bytes (a float32 read and written), and 35 in the time to move 4. Below that, and with every
-sector moved once, memory limits the kernel.
-"""
-
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC, DTYPES
-from ptx_runner import (
-    PTX_ARCHITECTURES,
-    SECTOR_BYTES,
-    Backward,
-    Counters,
-    Forward,
-    Outcome,
-    PtxTools,
-    run_cases,
-)
+from emulated import DTYPES
+from machine_code import Toolchain, disassemble
+from runner import Backward, Forward, Outcome, check_sparse_rows, run_cases
 
 from tests.rows import KINDS, as_bits, make_rows
 from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
+PTX_ARCHITECTURES = ("80", "90")
 SASS_ARCHITECTURES = ("80", "90", "100")
-INSTRUCTIONS_PER_ELEMENT = {"bfloat16": 35, "float32": 71}
-COUNTED_K = 128
-COUNTED_HIDDEN = (2048, 4096, 8192)
-TIED_KINDS = ("relu", "few_distinct", "zeros_of_both_signs", "all_equal")
-COUNTED_ROWS = 8
+FORWARD_KERNELS = 3 * 2 * 6  # dtypes, modes, variants
+BACKWARD_KERNELS = 2 * 2  # widths, layouts
+SPARSE_KERNELS = 4 + 2 * 4 * 3 + 1  # indices; values of three widths there and back; counts
 
 arch_parameter = pytest.mark.parametrize("arch", PTX_ARCHITECTURES)
 
@@ -53,21 +34,21 @@ def check_forward(cases: list[Forward], outcomes: list[Outcome]) -> None:
 @arch_parameter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ptx_equals_the_reference(
-    ptx_tools: PtxTools, arch: str, dtype: str, tmp_path: Path
+    toolchain: Toolchain, arch: str, dtype: str, tmp_path: Path
 ) -> None:
     cases = []
     for hidden in (1, 33, 40, 256, 777, 1024, 2048, 2049, 2304, 4096):
         for kind in KINDS:
-            x_RH = make_rows(kind, (2 if hidden < 2048 else 1, hidden), DTYPES[dtype], seed=hidden)
+            x_RH = make_rows(kind, (5 if hidden < 1000 else 2, hidden), DTYPES[dtype], seed=hidden)
             modes = ("value", "abs") if kind in ("normal", "nans") else ("value",)
             for k in sorted({1, (hidden + 15) // 16, (hidden + 1) // 2, hidden}):
                 cases += [Forward(x_RH, k, mode) for mode in modes]
-    check_forward(cases, run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path))
+    check_forward(cases, run_cases(toolchain.ptx_program(arch), cases, tmp_path))
 
 
 @arch_parameter
 def test_ptx_of_backward_equals_the_reference(
-    ptx_tools: PtxTools, arch: str, tmp_path: Path
+    toolchain: Toolchain, arch: str, tmp_path: Path
 ) -> None:
     cases = []
     for dtype in DTYPES.values():
@@ -75,7 +56,7 @@ def test_ptx_of_backward_equals_the_reference(
             x_RH = make_rows("few_distinct", (5, hidden), dtype, seed=hidden)
             bits = topk_mask_reference(x_RH, (hidden + 2) // 3, "value")[1]
             cases.append(Backward(make_rows("random_bits", (5, hidden), dtype, seed=1), bits))
-    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx[arch], cases, tmp_path)
+    outcomes = run_cases(toolchain.ptx_program(arch), cases, tmp_path)
     for case, outcome in zip(cases, outcomes, strict=True):
         kept_RH = unpack_bits(case.bits, case.dy_RH.shape[1])
         expected_RH = torch.where(kept_RH, as_bits(case.dy_RH), 0)
@@ -83,114 +64,39 @@ def test_ptx_of_backward_equals_the_reference(
         assert outcome.counters.warnings == 0
 
 
-@pytest.fixture(scope="module")
-def counted(
-    ptx_tools: PtxTools, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, int, str], tuple[Forward, Counters]]:
-    """Count by (dtype, H, kind) at k = 128, and check the results."""
-    keys, cases = [], []
-    for dtype in INSTRUCTIONS_PER_ELEMENT:
-        for hidden in COUNTED_HIDDEN:
-            for kind in ("normal", *TIED_KINDS):
-                x_RH = make_rows(kind, (COUNTED_ROWS, hidden), DTYPES[dtype], seed=7)
-                keys.append((dtype, hidden, kind))
-                cases.append(Forward(x_RH, COUNTED_K))
-    folder = tmp_path_factory.mktemp("counted")
-    outcomes = run_cases(ptx_tools.driver, ptx_tools.ptx["90"], cases, folder)
-    check_forward(cases, outcomes)
-    return {
-        key: (case, outcome.counters)
-        for key, case, outcome in zip(keys, cases, outcomes, strict=True)
-    }
-
-
-counted_parameter = pytest.mark.parametrize(
-    ("dtype", "hidden"), [(d, h) for d in INSTRUCTIONS_PER_ELEMENT for h in COUNTED_HIDDEN]
-)
-
-
-@counted_parameter
-def test_every_sector_is_read_once_and_written_once(counted: dict, dtype: str, hidden: int) -> None:
-    for kind in ("normal", *TIED_KINDS):
-        case, counters = counted[dtype, hidden, kind]
-        row_sectors = case.x_RH.numel() * case.x_RH.element_size() // SECTOR_BYTES
-        bits_sectors = case.x_RH.numel() // 8 // SECTOR_BYTES
-        assert counters.load_sectors == row_sectors, kind
-        assert counters.store_sectors == row_sectors + bits_sectors, kind
-
-
-@counted_parameter
-def test_instructions_stay_below_what_memory_leaves_time_for(
-    counted: dict, dtype: str, hidden: int
+@arch_parameter
+def test_ptx_of_sparse_rows_equals_the_reference(
+    toolchain: Toolchain, arch: str, tmp_path: Path
 ) -> None:
-    for kind in ("normal", *TIED_KINDS):
-        case, counters = counted[dtype, hidden, kind]
-        assert counters.per_element(case.x_RH) <= INSTRUCTIONS_PER_ELEMENT[dtype], kind
-
-
-@counted_parameter
-def test_ties_cost_no_more_than_half_again(counted: dict, dtype: str, hidden: int) -> None:
-    normal = counted[dtype, hidden, "normal"][1]
-    for kind in TIED_KINDS:
-        tied = counted[dtype, hidden, kind][1]
-        assert tied.warp_instructions <= 1.5 * normal.warp_instructions, kind
-
-
-@counted_parameter
-def test_ties_serialise_neither_banks_nor_atomics(counted: dict, dtype: str, hidden: int) -> None:
-    normal = counted[dtype, hidden, "normal"][1]
-    for kind in ("normal", *TIED_KINDS):
-        _, counters = counted[dtype, hidden, kind]
-        assert counters.atomic_serial == counters.atomic_requests, kind
-        assert counters.atomic_requests <= 2 * normal.atomic_requests, kind
-        assert counters.shared_wavefronts <= 1.3 * counters.shared_requests, kind
-
-
-def _compile_cubin(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
-    cubin = folder / f"topk_mask_{arch}.cubin"
-    # fmt: off
-    command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin",
-               str(CSRC / "topk_mask_cuda.cu"), "-o", str(cubin)]
-    # fmt: on
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return cubin, result.stdout + result.stderr
+    check_sparse_rows(toolchain.ptx_program(arch), tmp_path)
 
 
 @pytest.fixture(scope="module", params=SASS_ARCHITECTURES)
-def cubin(
-    request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """Compile one architecture's machine code; also return ptxas's report about it."""
-    return _compile_cubin(nvcc, request.param, tmp_path_factory.mktemp("cubin"))
+def cubins(request: pytest.FixtureRequest, toolchain: Toolchain) -> tuple[tuple[Path, str], ...]:
+    """Compile one architecture's machine code; also return ptxas's reports about it."""
+    return toolchain.cubins(request.param)
 
 
-def test_no_kernel_spills_registers(cubin: tuple[Path, str]) -> None:
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", cubin[1])
-    assert len(spills) == 3 * 2 * 5 + 2, "a kernel is missing from ptxas's report"
+def test_no_kernel_spills_registers(cubins: tuple[tuple[Path, str], ...]) -> None:
+    reports = "".join(report for _, report in cubins)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", reports)
+    kernels = FORWARD_KERNELS + BACKWARD_KERNELS + SPARSE_KERNELS
+    assert len(spills) == kernels, "a kernel is missing from ptxas's report"
     assert set(spills) == {("0", "0")}
 
 
-def find_cuobjdump() -> str | None:
-    """Find TOPK_CUOBJDUMP, the one on PATH, or the one that torch's dependency triton ships."""
-    found = os.environ.get("TOPK_CUOBJDUMP") or shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(shipped) if shipped.exists() else None
-    return found
-
-
-def test_rows_move_by_128_bit_accesses(cubin: tuple[Path, str]) -> None:
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump (PATH or TOPK_CUOBJDUMP): SASS is not checked")
-    command = [cuobjdump, "-sass", str(cubin[0])]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+def test_rows_move_by_128_bit_accesses(
+    cubins: tuple[tuple[Path, str], ...], cuobjdump: str
+) -> None:
+    bodies = {}
+    for cubin, _ in cubins:
+        bodies |= disassemble(cuobjdump, cubin)
     for kernel, body in bodies.items():
+        if not kernel.startswith("topk_mask_"):
+            continue
         loads, stores = re.findall(r"LDG\.\S+", body), re.findall(r"STG\.\S+", body)
         assert any(".128" in load for load in loads), kernel
         assert any(".128" in store for store in stores), kernel
-        if kernel.endswith(("warp2", "warp4", "warp8", "block8")):
+        if kernel.endswith(("warp2", "warp4", "warp8", "warp16", "block8")):
             assert all(".128" in load for load in loads), kernel
             assert all(".128" in store or ".U8" in store for store in stores), kernel

@@ -60,7 +60,7 @@ def test_short_rows_equal_the_reference(
     kernels: EmulatedKernels, kind: str, dtype: str, mode: str
 ) -> None:
     for hidden in SHORT:
-        x_RH = make_rows(kind, (3, hidden), DTYPES[dtype], seed=hidden)
+        x_RH = make_rows(kind, (6, hidden), DTYPES[dtype], seed=hidden)
         for k in {1, max(hidden // 8, 1), max(hidden - 1, 1), hidden}:
             check(kernels, x_RH, k, mode, seed=k)
 
@@ -96,10 +96,10 @@ def test_rows_of_65536_equal_the_reference(kernels: EmulatedKernels, dtype: str)
 
 
 def test_every_variant_is_reached(kernels: EmulatedKernels) -> None:
-    shapes = (256, 1024, 2048, 4096, 2049)
+    shapes = (256, 1024, 2048, 4096, 8192, 2049)
     x = [make_rows("normal", (5, hidden), torch.bfloat16, seed=1) for hidden in shapes]
     ran = [check(kernels, x_RH, 16, "value") for x_RH in x]
-    assert ran == ["warp2", "warp4", "warp8", "block8", "stream"]
+    assert ran == ["warp2", "warp4", "warp8", "warp16", "block8", "stream"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,16 +110,16 @@ def test_storage_that_starts_off_16_bytes_is_read_and_written_correctly(
     assert check(kernels, flat[1:].view(2, 512), 32, "value") == "stream"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_device_with_little_shared_memory_gets_the_same_result(
-    kernels: EmulatedKernels, kind: str
+@pytest.mark.parametrize("hidden", [512, 4096, 8192, 4097])
+def test_what_a_row_says_about_the_next_changes_no_result(
+    kernels: EmulatedKernels, hidden: int
 ) -> None:
-    x_RH = make_rows(kind, (1, 8192), torch.bfloat16, seed=5)
-    y_RH, bits, variant = kernels.forward(x_RH, 128, "value", shared_limit=16 * 1024)
-    assert variant == "stream"
-    usual_y_RH, usual_bits, _ = kernels.forward(x_RH, 128, "value")
-    assert torch.equal(as_bits(y_RH), as_bits(usual_y_RH))
-    assert torch.equal(bits, usual_bits)
+    """One block takes turns on rows whose thresholds are nothing like the forecast."""
+    for dtype in DTYPES.values():
+        rows = [make_rows(kind, (1, hidden), dtype, seed=hidden) for kind in KINDS]
+        x_RH = torch.cat([rows[i % len(rows)] for i in range(0, 5 * len(rows), 5)])
+        x_RH[::3] *= 1000
+        check(kernels, x_RH, hidden // 16, "value")
 
 
 @pytest.mark.parametrize("hidden", [2048, 4096, 4097])

@@ -30,7 +30,7 @@ int check(int rows, int hidden, int k, int dtype, int mode, size_t offset) {
   Buffer x(size * bytes, offset * bytes), y(size * bytes, offset * bytes);
   std::unique_ptr<uint32_t[]> bits(new uint32_t[static_cast<size_t>(rows) * words]);
   fill(x.data, size, bytes, hidden + k);
-  emulated_forward(x.data, y.data, bits.get(), rows, hidden, k, dtype, mode, 227 << 10, k);
+  emulated_forward(x.data, y.data, bits.get(), rows, hidden, k, dtype, mode, 1, k);
   for (int row = 0; row < rows; ++row) {
     int selected = 0;
     for (int word = 0; word < words; ++word) selected += __popc(bits[row * words + word]);

@@ -6,7 +6,7 @@
 // shows as a wrong result under some seed. Misuse stops the process with a message: lanes that meet
 // in different operations, a lane outside its own mask, a barrier that not all threads reach.
 //
-// Emulated: one-dimensional grids and blocks, dynamic shared memory, and the operations below. Not
+// Emulated: grids of one or two dimensions, one-dimensional blocks, dynamic shared memory, and the operations below. Not
 // emulated: memory ordering, inline assembly (the kernel has portable twins), time.
 #pragma once
 
@@ -45,7 +45,7 @@ constexpr int kWarpLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 
 struct Index {
-  unsigned x = 0;
+  unsigned x = 0, y = 0;
 };
 
 enum class Wait { kNothing, kBarrier, kWarp, kDone };
@@ -117,17 +117,20 @@ class Block {
   }
 
   template <class Kernel, class... Args>
-  void launch(unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed, Kernel kernel,
+  void launch(Index blocks, unsigned threads, size_t shared_bytes, uint64_t seed, Kernel kernel,
               Args... args) {
     random_ = seed * 2 + 1;
     block_size.x = threads;
+    grid_size = blocks;
     body_ = [=] { kernel(args...); };
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
     // Exactly the bytes requested, so that a sanitizer sees an access behind them.
-    for (block_index.x = 0; block_index.x < blocks; ++block_index.x) {
-      shared_.reset(new uint32_t[shared_bytes / sizeof(uint32_t)]);
-      litter(shared_bytes / sizeof(uint32_t));
-      run(threads);
+    for (block_index.y = 0; block_index.y < blocks.y; ++block_index.y) {
+      for (block_index.x = 0; block_index.x < blocks.x; ++block_index.x) {
+        shared_.reset(new uint32_t[shared_bytes / sizeof(uint32_t)]);
+        litter(shared_bytes / sizeof(uint32_t));
+        run(threads);
+      }
     }
   }
 
@@ -159,7 +162,7 @@ class Block {
     return brought;
   }
 
-  Index block_index, block_size;
+  Index block_index, block_size, grid_size;
 
  private:
   static void enter() {
@@ -282,6 +285,7 @@ inline uint32_t shuffle(uint32_t mask, uint32_t value, int from, int line) {
 #define threadIdx (cuda_emulation::Block::current().thread_index())
 #define blockIdx (cuda_emulation::Block::current().block_index)
 #define blockDim (cuda_emulation::Block::current().block_size)
+#define gridDim (cuda_emulation::Block::current().grid_size)
 
 // Every operation takes its caller's line, to tell apart operations that must not meet.
 #define CUDA_EMULATION_LINE int line = __builtin_LINE()

@@ -11,18 +11,21 @@ using ForwardKernel = void (*)(const void*, void*, uint32_t*, int64_t, int, int)
 const ForwardKernel kForwardKernels[] = {TOPK_FORWARD_KERNELS(TOPK_KERNEL_POINTER)};
 #undef TOPK_KERNEL_POINTER
 
-constexpr size_t kSharedWithoutAsking = 48 << 10;
+constexpr int64_t kMostBlocks = 0x7fffffff;
 
-cudaError_t shared_limit(size_t* bytes) {
-  int device = 0, limit = 0;
+// How many blocks of the kernel the current device runs at a time. These queries cost a
+// microsecond and need no synchronisation.
+cudaError_t resident_blocks(ForwardKernel kernel, const topk_mask::Plan& plan, int64_t* blocks) {
+  int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes = static_cast<size_t>(limit);
-  return error;
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads,
+                                                          plan.shared_bytes);
+  *blocks = static_cast<int64_t>(processors) * per_processor;
+  return error != cudaSuccess || *blocks > 0 ? error : cudaErrorInvalidConfiguration;
 }
-
-bool launchable(const topk_mask::Plan& plan) { return plan.blocks <= 0x7fffffff; }
 
 }  // namespace
 
@@ -31,21 +34,15 @@ int topk_mask_cuda_forward(const void* x, void* y, uint32_t* bits, int64_t rows,
   if (dtype < 0 || dtype > 2 || mode < 0 || mode > 1 || hidden < 1 || k < 1 || k > hidden)
     return cudaErrorInvalidValue;
   if (rows <= 0) return rows == 0 ? cudaSuccess : cudaErrorInvalidValue;
-  size_t limit = 0;
-  cudaError_t error = shared_limit(&limit);
-  if (error != cudaSuccess) return error;
   const bool aligned = topk_mask::rows_aligned(x, y, hidden, topk_mask::element_bytes(dtype));
-  const topk_mask::Plan plan = topk_mask::plan_forward(rows, hidden, dtype, aligned, limit);
-  if (!launchable(plan)) return cudaErrorInvalidConfiguration;
+  const topk_mask::Plan plan = topk_mask::plan_forward(rows, hidden, dtype, aligned);
   const int index = (dtype * 2 + mode) * topk_mask::kNumVariants + plan.variant;
   const ForwardKernel kernel = kForwardKernels[index];
-  if (plan.shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(plan.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes,
+  int64_t resident = 0;
+  const cudaError_t error = resident_blocks(kernel, plan, &resident);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = topk_mask::persistent_blocks(plan.blocks, resident);
+  kernel<<<static_cast<unsigned>(blocks), plan.threads, plan.shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(x, y, bits, rows, hidden, k);
   return cudaGetLastError();
 }
@@ -54,11 +51,14 @@ int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int6
                             int hidden, int dtype, void* stream) {
   if (dtype < 0 || dtype > 2 || hidden < 1) return cudaErrorInvalidValue;
   if (rows <= 0) return rows == 0 ? cudaSuccess : cudaErrorInvalidValue;
-  const topk_mask::Plan plan = topk_mask::plan_backward(rows, hidden, dtype);
-  if (!launchable(plan)) return cudaErrorInvalidConfiguration;
-  const auto kernel =
-      dtype == 0 ? topk_mask::topk_mask_backward_32bit : topk_mask::topk_mask_backward_16bit;
-  kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0,
-           static_cast<cudaStream_t>(stream)>>>(dy, bits, dx, rows, hidden, plan.warps_per_row);
+  const topk_mask::BackwardPlan plan = topk_mask::plan_backward(dy, dx, rows, hidden, dtype);
+  if (plan.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  const auto flat = dtype == 0 ? topk_mask::topk_mask_backward_32bit_flat
+                               : topk_mask::topk_mask_backward_16bit_flat;
+  const auto by_rows = dtype == 0 ? topk_mask::topk_mask_backward_32bit_rows
+                                  : topk_mask::topk_mask_backward_16bit_rows;
+  const auto kernel = plan.flat ? flat : by_rows;
+  kernel<<<static_cast<unsigned>(plan.blocks), topk_mask::kBackwardThreads, 0,
+           static_cast<cudaStream_t>(stream)>>>(dy, bits, dx, rows, hidden);
   return cudaGetLastError();
 }

@@ -2,7 +2,7 @@
 // Legend: topk_mask.cuh.
 #pragma once
 
-#include "topk_mask_keys.cuh"
+#include "topk_mask_format.cuh"
 
 namespace topk_mask {
 
@@ -19,28 +19,12 @@ TOPK_INLINE uint32_t inclusive_scan(uint32_t value, int lane) {
   return value;
 }
 
-// Selects the containers above `last`, and the `ties` in [first, last] with the lowest indices.
-struct Threshold {
-  uint32_t first, last, ties;
-};
-
-// A row's words in shared memory: the sizes of its two lists, and the threshold.
-enum Scalar { kFirstList, kSecondList, kThreshold };
-
 // The warps of one row and what they share. All of them call every method together.
 template <bool kOneWarp>
 class Team {
  public:
-  TOPK_INLINE Team(int warps, int warp, int lane, uint32_t* control)
-      : warps(warps), warp(warp), lane(lane), control_(control) {}
-
-  TOPK_INLINE void sync() const {
-    if (kOneWarp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
+  TOPK_INLINE Team(int warps, int warp, int lane, uint32_t* exchanged)
+      : warps(warps), warp(warp), lane(lane), exchanged_(exchanged) {}
 
   TOPK_INLINE uint32_t sum(uint32_t of_warp) {
     return kOneWarp ? of_warp : __reduce_add_sync(kFullWarp, exchange(of_warp, 0));
@@ -57,29 +41,6 @@ class Team {
     return __reduce_add_sync(kFullWarp, lane < warp ? value : 0);
   }
 
-  TOPK_INLINE uint32_t& scalar(Scalar i) const { return control_[i]; }
-
-  // Sets the list sizes to zero. All warps see that after the next barrier.
-  TOPK_INLINE void clear_scalars() const {
-    if (!kOneWarp && warp == 0 && lane == 0) control_[kFirstList] = control_[kSecondList] = 0;
-  }
-
-  // Gives what the first warp finds to all.
-  template <class Find>
-  TOPK_INLINE Threshold by_first_warp(Find find) const {
-    if (kOneWarp) return find();
-    if (warp == 0) {
-      const Threshold found = find();
-      if (lane == 0) {
-        control_[kThreshold] = found.first;
-        control_[kThreshold + 1] = found.last;
-        control_[kThreshold + 2] = found.ties;
-      }
-    }
-    sync();
-    return {control_[kThreshold], control_[kThreshold + 1], control_[kThreshold + 2]};
-  }
-
   const int warps, warp, lane;
 
  private:
@@ -87,14 +48,14 @@ class Team {
   // barrier is enough: before a warp writes a buffer again, it passes the other buffer's barrier,
   // which all warps reach after their reads of this one.
   TOPK_INLINE uint32_t exchange(uint32_t of_warp, uint32_t neutral) {
-    uint32_t* buffer = control_ + 32 + turn_ * kLanes;
+    uint32_t* buffer = exchanged_ + turn_ * kLanes;
     turn_ ^= 1;
     if (lane == 0) buffer[warp] = of_warp;
     __syncthreads();
     return lane < warps ? buffer[lane] : neutral;
   }
 
-  uint32_t* control_;
+  uint32_t* exchanged_;
   int turn_ = 0;
 };
 
@@ -108,7 +69,7 @@ struct Row {
   bool aligned;  // rows start on 16 bytes
 };
 
-// Load a slot's elements one by one, for rows that do not start on 16 bytes or end within a slot.
+// Load a slot's elements one by one, for rows that do not start on 16 bytes or that end within a slot.
 template <class Fmt>
 TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
 #pragma unroll
@@ -137,6 +98,12 @@ TOPK_INLINE void store_elements(uint8_t* slot, uint32_t count, const uint32_t (&
   }
 }
 
+TOPK_INLINE void prefetch_l2(const uint8_t* at) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+#endif
+}
+
 TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
   const uint4 vector = *reinterpret_cast<const uint4*>(slot);
   raw[0] = vector.x, raw[1] = vector.y, raw[2] = vector.z, raw[3] = vector.w;
@@ -147,12 +114,11 @@ TOPK_INLINE void load_vector(const uint8_t* slot, uint32_t (&raw)[4]) {
 template <class Fmt, int kHeld>
 class WarpChunks {
  public:
-  static constexpr int kUnroll = kHeld > 0 ? kHeld : 4;
-  static constexpr bool kKeysHeld = kHeld > 0 && !Fmt::kCheapKeys;
+  static constexpr int kUnroll = kHeld > 0 ? kHeld : 2;
   static constexpr uint32_t kChunkBytes = kLanes * kSlotBytes;
   static constexpr uint32_t kBitsBytes = kLanes * Fmt::kElements / 8;  // of a chunk
 
-  TOPK_INLINE WarpChunks(const Row& row, int warps, int warp, int lane) : row_(row), lane_(lane) {
+  TOPK_INLINE WarpChunks(const Row& row, int warps, int warp, int lane) : row_(row) {
     const uint32_t slots = (row.hidden + Fmt::kElements - 1) / Fmt::kElements;
     const uint32_t chunks = (slots + kLanes - 1) / kLanes;
     count_ = (chunks + warps - 1) / warps;
@@ -166,51 +132,72 @@ class WarpChunks {
     row_.bits += first * kBitsBytes + byte;
     const uint32_t bits_bytes = (row.hidden + 31) / 32 * 4;
     bits_limit_ = limit(bits_bytes, first * kBitsBytes, count_ * kBitsBytes) - byte;
-    load_held();
+  }
+
+  // Moves to another row; the held words are those of the old one until load_held().
+  TOPK_INLINE void move(int64_t rows, uint32_t hidden) {
+    const int64_t bytes = rows * hidden * (kSlotBytes / Fmt::kElements);
+    row_.x += bytes;
+    row_.y += bytes;
+    row_.bits += rows * ((hidden + 31) / 32) * 4;
+  }
+
+  TOPK_INLINE void load_held() {
+    if (kHeld == 0) return;
+    if (limit_ > (kHeld - 1) * kLanes) {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load_vector(row_.x + v * kChunkBytes, raw_[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
+    }
+  }
+
+  // Tells the L2 cache that the row `rows` further on will be read, so that its way from memory
+  // overlaps this row's search. One instruction asks for 4 KiB.
+  TOPK_INLINE void prefetch(int64_t rows, uint32_t hidden) const {
+    constexpr int kLineBytes = 128, kLineSlots = kLineBytes / kSlotBytes;
+    const int lane = threadIdx.x % kLanes;
+    const uint8_t* from = row_.x + rows * hidden * (kSlotBytes / Fmt::kElements);
+#pragma unroll
+    for (int line = 0; line < (kHeld + kLineSlots - 1) / kLineSlots; ++line) {
+      const int slot = (line * kLanes + lane) * kLineSlots - lane;  // from this lane's first slot
+      if (slot < limit_) prefetch_l2(from + slot * kSlotBytes);
+    }
   }
 
   // Whether chunk v belongs to this warp. A chunk that does not holds pads.
   TOPK_INLINE bool owns(uint32_t v) const { return v < count_; }
 
-  // Calls f(chunk, chunk modulo kUnroll as a constant, raw and key words of this lane's slot).
+  // Calls f(chunk, chunk modulo kUnroll as a constant, words of this lane's slot).
   template <class F>
   TOPK_INLINE void for_each(F f) const {
     if (kHeld > 0) {
 #pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (kKeysHeld) {
-          f(v, v, raw_[v], keys_[kKeysHeld ? v : 0]);
-        } else {
-          uint32_t keys[4];
-          to_keys<Fmt>(raw_[v], keys);
-          f(v, v, raw_[v], keys);
-        }
-      }
+      for (int v = 0; v < kHeld; ++v) f(v, v, raw_[v]);
     } else {
-      for (uint32_t v = 0; v < count_; v += kUnroll) {
+      for_each_read(f);
+    }
+  }
+
+  // The same, but reads held chunks again, too: for what rarely happens, in little code.
+  template <class F>
+  TOPK_INLINE void for_each_read(F f) const {
+    constexpr int kStep = kHeld >= 4 ? 4 : 2;
+    for (uint32_t v = 0; v < count_; v += kStep) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          uint32_t raw[4], keys[4];
-          load(v + u, raw);
-          to_keys<Fmt>(raw, keys);
-          f(v + u, u, raw, keys);
-        }
+      for (int u = 0; u < kStep; ++u) {
+        uint32_t raw[4];
+        load(v + u, raw);
+        f(v + u, u, raw);
       }
     }
   }
 
-  // Calls f(container) for all elements, including pads.
-  template <class F>
-  TOPK_INLINE void for_each_container(F f) const {
-    for_each([&](uint32_t, int, const uint32_t(&)[4], const uint32_t(&keys)[4]) {
-      topk_mask::for_each_container<Fmt>(keys, [&](int, uint32_t container) { f(container); });
-    });
-  }
-
-  TOPK_INLINE uint32_t count_at_least(uint32_t bound) const {
-    uint32_t count = 0;
-    for_each_container([&](uint32_t container) { count_if_at_least(count, container, bound); });
-    return __reduce_add_sync(kFullWarp, count);
+  TOPK_INLINE uint32_t count_above(uint32_t bound) const {
+    typename Fmt::Count count = 0;
+    for_each([&](uint32_t, int, const uint32_t(&raw)[4]) { count += Fmt::above_in(raw, bound); });
+    return Fmt::decode(__reduce_add_sync(kFullWarp, Fmt::summand(count)), kLanes);
   }
 
   TOPK_INLINE void store(uint32_t v, const uint32_t (&kept)[4]) const {
@@ -236,20 +223,6 @@ class WarpChunks {
     return left < static_cast<int>(own) ? left : static_cast<int>(own);
   }
 
-  TOPK_INLINE void load_held() {
-    if (kHeld == 0) return;
-    if (limit_ > (kHeld - 1) * kLanes) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) load_vector(row_.x + v * kChunkBytes, raw_[v]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) load(v, raw_[v]);
-    }
-#pragma unroll
-    for (int v = 0; v < kHeld; ++v)
-      if (kKeysHeld) to_keys<Fmt>(raw_[v], keys_[kKeysHeld ? v : 0]);
-  }
-
   TOPK_INLINE void load(uint32_t v, uint32_t (&raw)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw[i] = Fmt::kPad;
@@ -263,9 +236,9 @@ class WarpChunks {
   }
 
   Row row_;  // with pointers at this lane's first slot, and `hidden` counted from there
-  int lane_, limit_, bits_limit_;
+  int limit_, bits_limit_;
   uint32_t count_;
-  uint32_t raw_[kHeld > 0 ? kHeld : 1][4], keys_[kKeysHeld ? kHeld : 1][4];
+  uint32_t raw_[kHeld > 0 ? kHeld : 1][4];
 };
 
 }  // namespace topk_mask

@@ -121,7 +121,8 @@ def test_a_normal_row_stays_within_the_instruction_budget(
 ) -> None:
     for share in SHARES:
         count = counted[Shape(dtype, hidden, parse_k(share, hidden))]
-        limits = (SHORT_ROW_LIMITS if hidden == SHORT_ROW else LIMITS).get(dtype, LIMITS[dtype])
+        short = hidden == SHORT_ROW and dtype in SHORT_ROW_LIMITS
+        limits = SHORT_ROW_LIMITS[dtype] if short else LIMITS[dtype]
         assert count.pipes["ALU"] + count.pipes[HALF_COMPARE] <= limits["ALU"], share
         assert count.issued <= limits["issue"], share
 

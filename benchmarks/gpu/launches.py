@@ -21,11 +21,11 @@ from tests.rows import MODES, as_bits, make_rows
 from topk_megatron.ops import pack_sparse, topk_mask_with_bits, unpack_sparse
 from topk_megatron.ops.extension import MISSING
 from topk_megatron.ops.library import OPS
-from topk_megatron.ops.reference import topk_mask_reference
+from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # Lengths on both sides of every limit at which a kernel may hand over to another: 16-byte rows,
-# a warp's registers, a block's, shared memory, and rows that start at odd addresses.
+# a warp's registers, a block's, a window of shared memory, and rows that start at odd addresses.
 WIDTHS = (1, 7, 33, 64, 256, 512, 1000, 1024, 1032, 2048, 2049, 4096, 4104, 8192, 12288, 16384)
 LONG_WIDTHS = (32768, 32776, 70000)
 PROFILE_BYTES = 512 << 20  # of x: what the L2 cache still holds at the end is then small
@@ -43,11 +43,13 @@ def cases(quick: bool) -> Iterator[tuple[int, torch.dtype, str, str, int]]:
 
 
 def launch(x_RH: Tensor, k: int, mode: str) -> tuple[Tensor, ...]:
-    """Run forward, backward, pack and unpack once, and return their results."""
+    """Run forward, backward, pack, unpack and the counts once, and return their results."""
     y_RH, bits_RW = topk_mask_with_bits(x_RH, k, mode=mode)
     dx_RH = OPS.topk_mask_backward(x_RH, bits_RW)
     values, indices = pack_sparse(y_RH, bits_RW, k)
-    return y_RH, bits_RW, dx_RH, unpack_sparse(values, indices, x_RH.shape[-1])
+    width = x_RH.shape[-1]
+    counts_H = OPS.count_bits(bits_RW, width)
+    return y_RH, bits_RW, dx_RH, unpack_sparse(values, indices, width), counts_H
 
 
 def launch_every(device: str, quick: bool) -> int:
@@ -55,9 +57,12 @@ def launch_every(device: str, quick: bool) -> int:
     count = 0
     for width, dtype, mode, kind, k in cases(quick):
         x_RH = make_rows(kind, (3, width), dtype)
-        y_RH, bits_RW, dx_RH, back_RH = (t.cpu() for t in launch(x_RH.to(device), k, mode))
+        y_RH, bits_RW, dx_RH, back_RH, counts_H = (
+            t.cpu() for t in launch(x_RH.to(device), k, mode)
+        )
         wanted_RH, wanted_RW = topk_mask_reference(x_RH, k, mode)
         same = torch.equal(bits_RW, wanted_RW)
+        same = same and torch.equal(counts_H, unpack_bits(wanted_RW, width).sum(0))
         for got in (y_RH, dx_RH, back_RH):  # with dy = x, the gradient is y
             same = same and torch.equal(as_bits(got), as_bits(wanted_RH))
         if not same:
@@ -116,7 +121,7 @@ def main() -> None:
         launch_profiled(options.device, options.bytes)
     else:
         count = launch_every(options.device, options.quick)
-        print(f"{count} cases of forward, backward, pack and unpack equal the definition")
+        print(f"{count} cases of forward, backward, pack, unpack and counts equal the definition")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.rows import KINDS, MODES, as_bits, make_rows
-from topk_megatron.ops import topk_mask, topk_mask_with_bits
-from topk_megatron.ops.reference import topk_mask_reference
+from topk_megatron.ops import pack_sparse, topk_mask, topk_mask_with_bits, unpack_sparse
+from topk_megatron.ops.library import OPS
+from topk_megatron.ops.reference import topk_mask_reference, unpack_bits
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_is_the_definitions_bit_for_bit(kind: str, dtype: torch.dtype, mode: str) -> None:
-    for width in (7, 64, 768, 1000, 2048, 8192, 12288):
+    for width in (7, 64, 768, 1000, 2048, 3072, 8192, 12288, 40000):
         x = make_rows(kind, (17, width), dtype)
         for k in {1, max(1, width // 16), max(1, width - 1)}:
             y, bits = topk_mask_with_bits(x.cuda(), k, mode=mode)
@@ -32,6 +33,22 @@ def test_gradient_is_dy_on_the_selection(dtype: torch.dtype) -> None:
     (wanted,) = torch.autograd.grad(topk_mask(on_cpu, 48), on_cpu, dy)
     (got,) = torch.autograd.grad(topk_mask(on_gpu, 48), on_gpu, dy.cuda())
     assert torch.equal(as_bits(got.cpu()), as_bits(wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_rows_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    for width in (7, 64, 250, 768, 1000, 4096, 12288, 40000):
+        x = make_rows("random_bits", (17, width), dtype)
+        for k in {1, max(1, width // 16), width}:
+            bits = topk_mask_reference(make_rows("normal", (17, width), dtype), k, "value")[1]
+            values, indices = pack_sparse(x.cuda(), bits.cuda(), k)
+            wanted_values, wanted_indices = pack_sparse(x, bits, k)
+            assert torch.equal(indices.cpu(), wanted_indices), (width, k)
+            assert torch.equal(as_bits(values.cpu()), as_bits(wanted_values)), (width, k)
+            dense = unpack_sparse(values, indices, width)
+            kept = unpack_bits(bits, width)
+            assert torch.equal(as_bits(dense.cpu()), torch.where(kept, as_bits(x), 0)), (width, k)
+            assert torch.equal(OPS.count_bits(bits.cuda(), width).cpu(), kept.sum(0)), (width, k)
 
 
 def test_more_elements_than_an_int32_counts() -> None:

@@ -122,6 +122,15 @@ def test_what_a_row_says_about_the_next_changes_no_result(
         check(kernels, x_RH, hidden // 16, "value")
 
 
+def test_few_values_far_apart_and_a_useless_forecast(kernels: EmulatedKernels) -> None:
+    spread = torch.tensor([-3e38, -1e20, -1e-20, 0.0, 1e-30, 1.0, 3e38])
+    for k in range(1, 7):
+        for value in (3e38, -3e38, 1e-38, 0.0):
+            for same in (7, 4, 2):
+                other = torch.where(torch.arange(7) < same, torch.tensor(value), -spread)
+                check(kernels, torch.stack([spread, other, spread, other.flip(0)]), k, "value")
+
+
 @pytest.mark.parametrize("hidden", [2048, 4096, 4097])
 @pytest.mark.parametrize("kind", ["normal", "few_distinct", "ascending", "all_equal"])
 def test_any_schedule_of_warps_and_lanes_gives_the_same_result(

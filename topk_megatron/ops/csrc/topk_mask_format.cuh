@@ -227,7 +227,7 @@ struct HalfFormat {
   }
   // The order of a number. For both zeros it is that of -0, below which there is no zero.
   TOPK_INLINE static int order_of(uint32_t half) {
-    return half == 0 ? -1 : half & 0x8000u ? static_cast<int>(half ^ 0xffff7fffu) : static_cast<int>(half);
+    return half == 0 ? -1 : static_cast<int>(half & 0x8000u ? half ^ 0xffff7fffu : half);
   }
   TOPK_INLINE static int smallest_order(uint32_t word) {
     const int low = order_of(word & 0xffffu), high = order_of(word >> 16);

@@ -51,13 +51,17 @@ inline Plan plan_forward(int64_t rows, int hidden, int dtype, bool aligned) {
   const int slot_elements = kSlotBytes / element_bytes(dtype);
   const int chunks = ceil_div(ceil_div(hidden, slot_elements), kLanes);  // one slot per lane
   if (aligned && chunks <= 16) {
-    const int variant = chunks <= 2 ? kWarp2 : chunks <= 4 ? kWarp4 : chunks <= 8 ? kWarp8 : kWarp16;
+    const int variant = chunks <= 2   ? kWarp2
+                        : chunks <= 4 ? kWarp4
+                        : chunks <= 8 ? kWarp8
+                                      : kWarp16;
     return {variant, kRowsPerBlock * kLanes, 0, ceil_div(rows, kRowsPerBlock)};
   }
   const int warps = ceil_div(chunks, kHeldByTeam);
   const size_t shared_bytes = kControlWords * sizeof(uint32_t);
   if (aligned && warps <= kMaxBlockWarps) return {kBlock8, warps * kLanes, shared_bytes, rows};
-  return {kStream, (warps < kMaxStreamWarps ? warps : kMaxStreamWarps) * kLanes, shared_bytes, rows};
+  const int most = warps < kMaxStreamWarps ? warps : kMaxStreamWarps;
+  return {kStream, most * kLanes, shared_bytes, rows};
 }
 
 // A persistent grid: at most `resident` blocks, each with the same number of turns.

@@ -69,7 +69,7 @@ struct Row {
   bool aligned;  // rows start on 16 bytes
 };
 
-// Load a slot's elements one by one, for rows that do not start on 16 bytes or that end within a slot.
+// Load a slot's elements one by one, for rows that do not start on 16 bytes or end within a slot.
 template <class Fmt>
 TOPK_INLINE void load_elements(const uint8_t* slot, uint32_t count, uint32_t (&raw)[4]) {
 #pragma unroll

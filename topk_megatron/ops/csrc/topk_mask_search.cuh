@@ -29,6 +29,7 @@ TOPK_INLINE Forecast cold_forecast(uint32_t hidden) {
 
 // After this many counts, halving takes turns with interpolation, which then bounds their number.
 constexpr int kInterpolations = 6;
+
 // The orders between which the k-th largest value lies: at least k elements are above `low`, and
 // fewer than k are above `high`. So it is `high` itself where the two are neighbours.
 struct Bracket {
@@ -122,8 +123,10 @@ TOPK_INLINE Threshold find_threshold(Team<kOneWarp>& team, const Chunks& chunks,
       bracket.above_high = above;
     }
     const uint32_t missed = at_low ? above - k : k - above;
-    if (counts == 1)
-      reach = floor_to_word(forecast.orders_per_element * missed * 1.25f) + 1;
+    if (counts == 1) {
+      reach = floor_to_word(forecast.orders_per_element * static_cast<float>(missed) * 1.25f);
+      reach = reach < kLongReach ? reach + 1 : kLongReach;  // never 0: the bound must move
+    }
     const bool jumps = in_gap && bracket.width() > 1 &&
                        (2 * missed >= k || counts > kCountsBeforeJump);
     if (jumps) jump_over_gap<Fmt>(team, chunks, at_low, bracket);

@@ -29,7 +29,8 @@ TOPK_INLINE void bits_to_indices(const uint32_t* bits, Index* indices, int64_t r
     const uint32_t count = __popc(word), up_to_here = inclusive_scan(count, lane);
     // More than k bits would be a caller's mistake; it must not write outside the row.
     for (uint32_t place = written + up_to_here - count; word != 0; ++place, word &= word - 1)
-      if (place < static_cast<uint32_t>(k)) to[place] = static_cast<Index>(at * 32 + __ffs(word) - 1);
+      if (place < static_cast<uint32_t>(k))
+        to[place] = static_cast<Index>(at * 32 + __ffs(word) - 1);
     written += __shfl_sync(kFullWarp, up_to_here, kLanes - 1);
   }
   // Nor must fewer bits leave what happened to be in memory.

@@ -26,6 +26,7 @@ KINDS = (
     "one_nan",
     "smallest_nan",
     "nans",
+    "nans_and_infinities",
     "all_nan",
     "denormals",
     "random_bits",
@@ -120,6 +121,11 @@ def make_rows(
         case "nans":
             return torch.where(share < 0.3, random_nans(shape_RH, dtype, generator), normal).to(
                 dtype
+            )
+        case "nans_and_infinities":  # next to each other in the order, and not equal
+            infinite = choice([inf, -inf, inf, 1.5], shape_RH, generator)
+            return torch.where(
+                share < 0.3, random_nans(shape_RH, dtype, generator), infinite.to(dtype)
             )
         case "all_nan":
             return random_nans(shape_RH, dtype, generator)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +40,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not wants_gpus(config.args, config.invocation_params.dir):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+EXPORTED_CONNECTIONS = os.environ.get(CONNECTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _connections_as_exported() -> Iterator[None]:
+    """Undo a choice of the test process, which the next run would keep as a user's."""
+    yield
+    os.environ.pop(CONNECTIONS, None)
+    if EXPORTED_CONNECTIONS is not None:
+        os.environ[CONNECTIONS] = EXPORTED_CONNECTIONS
 
 
 def pytest_report_header() -> list[str]:

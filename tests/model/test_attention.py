@@ -1,7 +1,7 @@
 """Our core attention computes what Megatron's own does, forward and backward, in less memory."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,8 +35,12 @@ def prepare_megatron() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _prepared() -> None:
+def _prepared() -> Iterator[None]:
     prepare_megatron()
+    yield
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_global_memory_buffer()
 
 
 def seed(number: int) -> None:

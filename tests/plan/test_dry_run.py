@@ -12,6 +12,7 @@ import pytest
 
 from tests.harness.launch import REPOSITORY
 from tests.plan.conftest import SMALL, config_flags
+from topk_megatron.compat import prepare_device
 from topk_megatron.errors import ConfigError
 from topk_megatron.plan.command_lines import layout_in, shape_of
 from topk_megatron.plan.dry_run import check_shard, check_stage, dry_run, stage_table
@@ -88,6 +89,7 @@ def test_biases_gpts_activation_and_learned_positions_are_counted_too() -> None:
 
 
 def test_process_is_left_as_it_was() -> None:
+    prepare_device()  # which every command of the process does, for good
     before = dict(os.environ)
     dry_run([*SMALL, *TRAINING])
     assert dict(os.environ) == before

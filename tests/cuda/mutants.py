@@ -240,7 +240,9 @@ MUTANTS = (
     ),
     # sparse rows
     Mutant(
-        "indices past k are written", "if (place < static_cast<uint32_t>(k)) to[place]", "to[place]"
+        "indices past k are written",
+        "if (place < static_cast<uint32_t>(k))\n        to[place]",
+        "to[place]",
     ),
     Mutant(
         "indices of earlier words are overwritten",

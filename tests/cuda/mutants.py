@@ -1,12 +1,13 @@
 """Seeds faults into the CUDA kernel, one at a time, and shows which test notices each.
 
-    python tests/cuda/mutants.py [name ...]
+    python tests/cuda/mutants.py [--part I/N] [name ...]
 
 Every mutant is a textual change of a `.cuh` file. It faces the kernels' source first and, if that
 passes and nvcc is on PATH, the PTX. The script prints a Markdown table; its exit
 status is the number of survivors. benchmarks/results/topk_mask_mutants.md holds the results.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from machine_code import find_nvcc
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "topk_megatron" / "ops" / "csrc"
-FAST_BUILD = {"TOPK_EMULATION_OPTIMISATION": "-O0"}  # most mutants die young
+FAST_BUILD = {"TOPK_EMULATION_OPTIMISATION": "-O1"}  # runs 90 times faster than -O0
 SUITES = ("test_cuda_source.py", "test_cuda_sparse.py", "test_cuda_ptx.py")
 
 
@@ -344,13 +345,18 @@ def _mutate(mutant: Mutant, folder: Path) -> Path:
     return mutated
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Print the table and return the number of survivors."""
-    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of mutants; default: all")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th, from I on")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
     survivors = 0
     print("| mutant | killed by |\n|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for mutant in chosen:
+        for mutant in chosen[part - 1 :: parts]:
             mutated, killer = _mutate(mutant, Path(folder)), None
             if not mutant.equivalent:
                 killer = _killer(mutated, assembly=mutant.assembly)
@@ -361,4 +367,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -322,7 +322,7 @@ def _killer(mutated: Path, *, assembly: bool) -> str | None:
     for suite in suites:
         # fmt: off
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                   "--no-header", "--timeout=300", "-k", "not spills and not 128_bit",
+                   "--no-header", "--timeout=90", "-k", "not spills and not 128_bit",
                    str(HERE / suite)]
         # fmt: on
         environment = os.environ | {"TOPK_CSRC": str(mutated), **FAST_BUILD}

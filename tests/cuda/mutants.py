@@ -323,8 +323,8 @@ def _killer(mutated: Path, *, assembly: bool) -> str | None:
     for suite in suites:
         # fmt: off
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                   "--no-header", "--timeout=90", "--timeout-method=thread", "-k", "not spills and not 128_bit",
-                   str(HERE / suite)]
+                   "--no-header", "--timeout=90", "--timeout-method=thread",
+                   "-k", "not spills and not 128_bit", str(HERE / suite)]
         # fmt: on
         environment = os.environ | {"TOPK_CSRC": str(mutated), **FAST_BUILD}
         result = subprocess.run(

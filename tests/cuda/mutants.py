@@ -163,7 +163,12 @@ MUTANTS = (
     ),
     # ties
     Mutant("cut one lane late", "up_to_here >= wanted)", "up_to_here > wanted)"),
-    Mutant("cut one chunk late", "if (passed >= wanted) return;", "if (passed > wanted) return;"),
+    Mutant(
+        "cut one chunk late",
+        "if (passed >= wanted) return;",
+        "if (passed > wanted) return;",
+        "the later chunk's first slot becomes the cut, with none of its own ties",
+    ),
     Mutant(
         "ties of earlier chunks are forgotten",
         "up_to_here = before_chunk + inclusive",

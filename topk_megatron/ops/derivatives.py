@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from topk_megatron.ops.reference import unpack_bits
+from topk_megatron.ops.reference import keep_selected
 
 OPS = torch.ops.topk_megatron
 Below = Callable[..., Any]  # the op without derivatives: the kernel, or the reference
@@ -83,8 +83,7 @@ def _select(below: Below, x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]
 
 
 def _mask(_: Below, x: Tensor, bits: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(unpack_bits(bits, x.shape[-1]), x, zero)
+    return keep_selected(x, bits)
 
 
 def _gather(_: Below, x: Tensor, indices: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from topk_megatron.ops.reference import (
     bits_to_indices_reference,
     count_bits_reference,
     index_dtype,
+    keep_selected,
     num_words,
     topk_mask_reference,
-    unpack_bits,
 )
 
 NAMESPACE = "topk_megatron"
@@ -60,8 +60,7 @@ def _topk_mask_fallback(x: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def _topk_mask_backward_fallback(dy: Tensor, bits: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=dy.dtype, device=dy.device)
-    return torch.where(unpack_bits(bits, dy.shape[-1]), dy, zero).contiguous()
+    return keep_selected(dy, bits).contiguous()
 
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+
+
+def keep_selected(x: Tensor, bits: Tensor) -> Tensor:
+    """Return x [..., H] where the bits are set, bitwise, and +0 elsewhere."""
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(unpack_bits(bits, x.shape[-1]), x, zero)
+
+
 _SLICE_WORDS = 1 << 16  # `count_bits_reference` unpacks this many words at a time, to 8 MB
 # The selection modes: the key that is compared, [..., H] to [..., H]. This is the one definition;
 # a mode without a kernel of its own selects by the kernels of ``value`` on its key.

@@ -236,4 +236,14 @@ inline int shuffle_source(Shuffle mode, int lane, uint32_t b, uint32_t c, bool* 
   return *inside ? source : lane;
 }
 
+// How a comparison's result joins another predicate: '&', '|', '^', or 0 for not at all.
+inline bool combine_bools(char how, bool result, bool predicate) {
+  switch (how) {
+    case '&': return result && predicate;
+    case '|': return result || predicate;
+    case '^': return result != predicate;
+    default: return result;
+  }
+}
+
 }  // namespace emulator

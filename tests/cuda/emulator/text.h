@@ -1,12 +1,27 @@
-// Text in pieces, for the parsers.
+// Text: files, and their pieces for the parsers.
 #pragma once
 
 #include <ctype.h>
 
+#include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <string>
 #include <vector>
 
 namespace emulator {
+
+[[noreturn]] void stop(const std::string& message);
+
+inline std::string read_text(const std::string& file) {
+  std::ifstream stream(file);
+  if (!stream) stop("cannot open " + file);
+  return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+}
+
+inline bool contains(const std::vector<std::string>& words, const char* word) {
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
 
 inline std::string trim(const std::string& s) {
   const size_t first = s.find_first_not_of(" \t\n\r"), last = s.find_last_not_of(" \t\n\r");

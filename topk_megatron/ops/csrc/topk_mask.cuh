@@ -169,4 +169,22 @@ TOPK_DEFINE_BACKWARD(topk_mask_backward_32bit, 0)
 TOPK_DEFINE_BACKWARD(topk_mask_backward_16bit, 1)
 #undef TOPK_DEFINE_BACKWARD
 
+// ---- Which kernel? ----------------------------------------------------------------------------
+
+using ForwardKernel = void (*)(const void*, void*, uint32_t*, int64_t, int, int);
+#define TOPK_KERNEL_POINTER(name, ...) name,
+const ForwardKernel kForwardKernels[] = {TOPK_FORWARD_KERNELS(TOPK_KERNEL_POINTER)};
+#undef TOPK_KERNEL_POINTER
+
+inline ForwardKernel forward_kernel(int dtype, int mode, int variant) {
+  return kForwardKernels[(dtype * 2 + mode) * kNumVariants + variant];
+}
+
+using BackwardKernel = void (*)(const void*, const uint32_t*, void*, int64_t, int);
+
+inline BackwardKernel backward_kernel(int dtype, bool flat) {
+  if (dtype == 0) return flat ? topk_mask_backward_32bit_flat : topk_mask_backward_32bit_rows;
+  return flat ? topk_mask_backward_16bit_flat : topk_mask_backward_16bit_rows;
+}
+
 }  // namespace topk_mask

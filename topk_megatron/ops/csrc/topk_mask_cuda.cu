@@ -5,16 +5,12 @@
 
 namespace {
 
-using ForwardKernel = void (*)(const void*, void*, uint32_t*, int64_t, int, int);
-
-#define TOPK_KERNEL_POINTER(name, ...) topk_mask::name,
-const ForwardKernel kForwardKernels[] = {TOPK_FORWARD_KERNELS(TOPK_KERNEL_POINTER)};
-#undef TOPK_KERNEL_POINTER
+using topk_mask::ForwardKernel;
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
-// How many blocks of the kernel the current device runs at a time. These queries cost a
-// microsecond and need no synchronisation.
+// How many blocks of the kernel the current device runs at a time. The queries run on the host and
+// do not synchronise.
 cudaError_t resident_blocks(ForwardKernel kernel, const topk_mask::Plan& plan, int64_t* blocks) {
   int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -36,8 +32,7 @@ int topk_mask_cuda_forward(const void* x, void* y, uint32_t* bits, int64_t rows,
   if (rows <= 0) return rows == 0 ? cudaSuccess : cudaErrorInvalidValue;
   const bool aligned = topk_mask::rows_aligned(x, y, hidden, topk_mask::element_bytes(dtype));
   const topk_mask::Plan plan = topk_mask::plan_forward(rows, hidden, dtype, aligned);
-  const int index = (dtype * 2 + mode) * topk_mask::kNumVariants + plan.variant;
-  const ForwardKernel kernel = kForwardKernels[index];
+  const ForwardKernel kernel = topk_mask::forward_kernel(dtype, mode, plan.variant);
   int64_t resident = 0;
   const cudaError_t error = resident_blocks(kernel, plan, &resident);
   if (error != cudaSuccess) return error;
@@ -53,11 +48,7 @@ int topk_mask_cuda_backward(const void* dy, const uint32_t* bits, void* dx, int6
   if (rows <= 0) return rows == 0 ? cudaSuccess : cudaErrorInvalidValue;
   const topk_mask::BackwardPlan plan = topk_mask::plan_backward(dy, dx, rows, hidden, dtype);
   if (plan.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  const auto flat = dtype == 0 ? topk_mask::topk_mask_backward_32bit_flat
-                               : topk_mask::topk_mask_backward_16bit_flat;
-  const auto by_rows = dtype == 0 ? topk_mask::topk_mask_backward_32bit_rows
-                                  : topk_mask::topk_mask_backward_16bit_rows;
-  const auto kernel = plan.flat ? flat : by_rows;
+  const auto kernel = topk_mask::backward_kernel(dtype, plan.flat);
   kernel<<<static_cast<unsigned>(plan.blocks), topk_mask::kBackwardThreads, 0,
            static_cast<cudaStream_t>(stream)>>>(dy, bits, dx, rows, hidden);
   return cudaGetLastError();

@@ -157,4 +157,33 @@ extern "C" __global__ void __launch_bounds__(kSparseThreads)
   count_bits(bits, counts, rows, hidden);
 }
 
+// ---- Which kernel? ----------------------------------------------------------------------------
+
+using IndicesKernel = void (*)(const uint32_t*, void*, int64_t, int, int);
+#define TOPK_KERNEL_POINTER(index_name, ...) topk_bits_to_indices_##index_name,
+const IndicesKernel kIndicesKernels[] = {TOPK_INDEX_TYPES(TOPK_KERNEL_POINTER)};
+#undef TOPK_KERNEL_POINTER
+
+// Ordered by index type, then by word size.
+using SparseKernel = void (*)(const void*, const void*, void*, int64_t, int, int);
+#define TOPK_KERNEL_POINTER(index_name, Index, word_bits, Word) \
+  topk_gather_row_##word_bits##bit_##index_name,
+const SparseKernel kGatherKernels[] = {TOPK_INDEX_AND_WORD_TYPES(TOPK_KERNEL_POINTER)};
+#undef TOPK_KERNEL_POINTER
+#define TOPK_KERNEL_POINTER(index_name, Index, word_bits, Word) \
+  topk_scatter_row_##word_bits##bit_##index_name,
+const SparseKernel kScatterKernels[] = {TOPK_INDEX_AND_WORD_TYPES(TOPK_KERNEL_POINTER)};
+#undef TOPK_KERNEL_POINTER
+
+// The place of a size in these tables; -1 if there is no kernel for it.
+inline int place_of_index(int bytes) {
+  return bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : bytes == 8 ? 3 : -1;
+}
+inline int place_of_sparse(int word_bytes, int index_bytes) {
+  constexpr int kNumWordSizes = 3;
+  const int index = place_of_index(index_bytes);
+  const int word = word_bytes == 2 ? 0 : word_bytes == 4 ? 1 : word_bytes == 8 ? 2 : -1;
+  return index < 0 || word < 0 ? -1 : index * kNumWordSizes + word;
+}
+
 }  // namespace topk_mask

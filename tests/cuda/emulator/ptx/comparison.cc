@@ -122,15 +122,6 @@ Relation::Relation(const Instruction& instruction) : name(instruction.modifiers[
   }
 }
 
-bool Relation::join(bool result, bool predicate) const {
-  switch (combine) {
-    case '&': return result && predicate;
-    case '|': return result || predicate;
-    case '^': return result != predicate;
-    default: return result;
-  }
-}
-
 const Handlers& comparison_handlers() {
   static const Handlers handlers = {
       {"setp", set_predicate},

@@ -1,9 +1,9 @@
 // How lanes branch, meet and wait, and how a grid runs.
 #include <algorithm>
-#include <fstream>
-#include <sstream>
 
 #include "machine.h"
+#include "schedule.h"
+#include "text.h"
 
 namespace emulator::ptx {
 
@@ -190,32 +190,14 @@ void Machine::start_block(Dim index) {
   }
 }
 
-// Each warp runs as far as it goes, in a random order of warps.
-void Machine::run_block() {
-  std::vector<Warp*> order;
-  for (Warp& warp : warps_) order.push_back(&warp);
-  for (size_t i = order.size(); i-- > 1;) {
-    seed_ = seed_ * 1664525u + 1013904223u;
-    std::swap(order[i], order[(seed_ >> 8) % (i + 1)]);
-  }
-  while (live_threads_) {
-    bool moved = false;
-    for (Warp* warp : order)
-      while (step(*warp)) moved = true;
-    if (!moved && live_threads_) fail("deadlock", 0);
-  }
-}
-
 void Machine::run() {
-  Dim index;
-  for (index.z = 0; index.z < launch_.grid.z; ++index.z)
-    for (index.y = 0; index.y < launch_.grid.y; ++index.y)
-      for (index.x = 0; index.x < launch_.grid.x; ++index.x) {
-        start_block(index);
-        run_block();
-      }
-  for (size_t pc = 0; pc < executed_.size(); ++pc)
-    if (executed_[pc]) counters_.opcodes[kernel_.code[pc].name] += executed_[pc];
+  for_each_block(launch_.grid, [&](Dim index) {
+    start_block(index);
+    run_warps(
+        warps_, seed_, live_threads_, [&](Warp& warp) { return step(warp); },
+        [&] { fail("deadlock", 0); });
+  });
+  count_opcodes(kernel_.code, executed_, counters_);
 }
 
 }  // namespace emulator::ptx
@@ -223,11 +205,7 @@ void Machine::run() {
 namespace emulator {
 
 void load_program(const std::string& file) {
-  std::ifstream stream(file);
-  if (!stream) stop("cannot open " + file);
-  std::stringstream text;
-  text << stream.rdbuf();
-  ptx::parse(text.str(), ptx::kernels);
+  ptx::parse(read_text(file), ptx::kernels);
 }
 
 void run_kernel(const Launch& launch, const GlobalMemory& memory, Counters& counters) {

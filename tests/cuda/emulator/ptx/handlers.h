@@ -36,7 +36,9 @@ inline uint64_t clamp_signed(int64_t value, int bits) {
 // Which of the modifiers is the relation, and how a predicate joins in.
 struct Relation {
   explicit Relation(const Instruction& instruction);
-  bool join(bool result, bool predicate) const;
+  bool join(bool result, bool predicate) const {
+    return combine_bools(combine, result, predicate);
+  }
   std::string name;
   char combine = 0;  // '&', '|', '^'
 };

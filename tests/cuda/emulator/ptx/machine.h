@@ -62,7 +62,6 @@ class Machine {
 
  private:
   void start_block(Dim index);
-  void run_block();
   bool step(Warp& warp);
   uint32_t live_lanes() const;
   uint64_t special(Special special, int lane) const;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "text.h"
 
 namespace emulator::ptx {
 
@@ -61,11 +62,7 @@ struct Instruction {
   bool predicate_negated = false, high = false, wide = false, flush = false, saturate = false,
        relu = false, nan = false;
 
-  bool has(const char* modifier) const {
-    for (const std::string& m : modifiers)
-      if (m == modifier) return true;
-    return false;
-  }
+  bool has(const char* modifier) const { return contains(modifiers, modifier); }
 };
 
 struct Kernel {

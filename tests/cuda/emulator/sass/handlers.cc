@@ -21,15 +21,6 @@ Relation::Relation(const Instruction& instruction) {
   if (!found) stop("unknown comparison: " + instruction.text);
 }
 
-bool Relation::join(bool result, bool predicate) const {
-  switch (combine) {
-    case '&': return result && predicate;
-    case '|': return result || predicate;
-    case '^': return result != predicate;
-    default: return result;
-  }
-}
-
 const Entry* find_entry(const std::string& opcode) {
   for (const Entries* entries : {&integer_entries(), &logic_entries(), &float_entries(),
                                  &movement_entries(), &control_entries()}) {

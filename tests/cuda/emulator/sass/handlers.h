@@ -45,7 +45,9 @@ void compute(Machine& m, const Instruction& i, uint32_t lanes, F f) {
 // How comparisons end: ".GT.AND", for example.
 struct Relation {
   explicit Relation(const Instruction& instruction);
-  bool join(bool result, bool predicate) const;
+  bool join(bool result, bool predicate) const {
+    return combine_bools(combine, result, predicate);
+  }
   Compare compare = Compare::kEq;
   bool found = false;
   char combine = 0;  // '&', '|', '^'

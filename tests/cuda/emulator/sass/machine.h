@@ -98,7 +98,6 @@ class Machine {
 
   void fill_constants();
   void start_block(Dim index);
-  void run_block();
   bool step(Warp& warp);
   void release(uint32_t lanes);
   void check_convergence();

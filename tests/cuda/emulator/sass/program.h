@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "text.h"
 
 namespace emulator::sass {
 
@@ -54,11 +55,7 @@ struct Instruction {
   uint64_t address = 0;
   Handler handler = nullptr;
 
-  bool has(const char* modifier) const {
-    for (const std::string& m : modifiers)
-      if (m == modifier) return true;
-    return false;
-  }
+  bool has(const char* modifier) const { return contains(modifiers, modifier); }
 };
 
 struct Kernel {

@@ -121,11 +121,17 @@ MUTANTS = (
         "found = {bracket.high, k - bracket.above_high};",
         "found = {bracket.high, k - bracket.above_high - 1};",
     ),
-    Mutant("a step of nothing", "step = step < 1 ? 1 :", "step = step < 1 ? 0 :"),
+    Mutant(
+        "a step of nothing",
+        "step = step < 1 ? 1 :",
+        "step = step < 1 ? 0 :",
+        "only slower: halving, which takes turns with interpolation, moves on",
+    ),
     Mutant(
         "a step past the bracket",
         "step > most ? most : step;",
         "step > most + 1 ? most + 1 : step;",
+        "only slower: halving, which takes turns with interpolation, moves on",
     ),
     Mutant(
         "a jump ends at the value instead of below it",

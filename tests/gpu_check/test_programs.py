@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,11 +161,18 @@ def test_launches_reach_every_dtype_mode_and_length_and_equal_the_definition() -
 
 
 @needs_kernel
-def test_launches_notice_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ops:
-        topk_mask_backward = staticmethod(lambda dy, bits: -OPS.topk_mask_backward(dy, bits))
-
-    monkeypatch.setattr(launches, "OPS", Ops)
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("topk_mask_backward", lambda dy, bits: -OPS.topk_mask_backward(dy, bits)),
+        ("count_bits", lambda bits, width: OPS.count_bits(bits, width) + 1),
+    ],
+)
+def test_launches_notice_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., torch.Tensor]
+) -> None:
+    right = {op: getattr(OPS, op) for op in ("topk_mask", "topk_mask_backward", "count_bits")}
+    monkeypatch.setattr(launches, "OPS", SimpleNamespace(**{**right, name: wrong}))
     with pytest.raises(SystemExit, match="differs"):
         launches.launch_every("cpu", quick=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.test_attention import both, causal, prepare_megatron, qkv, result
+from tests.harness.attention import both, causal, prepare_megatron, qkv, result
 
 # As large as rounding in the format may make the difference of two sums of 128 products.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}

@@ -1,7 +1,7 @@
 """Our core attention computes what Megatron's own does, forward and backward, in less memory."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from topk_megatron.compat import prepare_device
+from tests.harness.attention import both, causal, prepare_megatron, qkv, result, seed
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -24,16 +24,6 @@ FLASH = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 
 
-def prepare_megatron() -> None:
-    """Prepare what Megatron's class asks of a training run: device, buffer and RNG tracker."""
-    prepare_device()
-    from megatron.core import parallel_state
-
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()
-    seed(0)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _prepared() -> Iterator[None]:
     prepare_megatron()
@@ -41,82 +31,6 @@ def _prepared() -> Iterator[None]:
     from megatron.core import parallel_state
 
     parallel_state.destroy_global_memory_buffer()
-
-
-def seed(number: int) -> None:
-    """Seed the default generator and the one for differing tensor-parallel ranks."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, initialize_rng_tracker
-
-    initialize_rng_tracker(force_reset=True)
-    tracker: Any = get_cuda_rng_tracker()
-    tracker.add("model-parallel-rng", number + 1000)
-    torch.manual_seed(number)
-
-
-def both(
-    heads: int = 4,
-    groups: int = 4,
-    size: int = 8,
-    layer: int = 1,
-    kind: str = "causal",
-    **more: Any,
-) -> tuple[Any, Any]:
-    """Build Megatron's attention and ours with the same settings."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from topk_megatron.model.attention import FusedAttention
-
-    scale, sequence_parallel = more.pop("softmax_scale", None), more.pop("sequence_parallel", False)
-    config = TransformerConfig(
-        **{
-            "num_layers": 4,
-            "hidden_size": heads * size,
-            "num_attention_heads": heads,
-            "num_query_groups": groups,
-            "attention_dropout": 0.0,
-            **more,
-        }
-    )
-    config.sequence_parallel = sequence_parallel  # refused above without tensor parallelism
-    tensor_parallel: Any = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
-    theirs, ours = (
-        made(
-            config=config,
-            layer_number=layer,
-            attn_mask_type=AttnMaskType[kind],
-            attention_type="self",
-            softmax_scale=scale,
-            pg_collection=tensor_parallel,
-        ).train()
-        for made in (DotProductAttention, FusedAttention)
-    )
-    return theirs, ours
-
-
-def qkv(
-    length: int,
-    batch: int = 2,
-    heads: int = 4,
-    groups: int = 4,
-    size: int = 8,
-    dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    """Make queries, keys and values with Megatron's strides, [S, B, heads, D]."""
-    torch.manual_seed(length)
-    widths = [heads // groups * size, size, size]
-    mixed = torch.randn(length, batch, groups, sum(widths), dtype=dtype)
-    query, key, value = mixed.split(widths, dim=3)
-    parts = [query.reshape(length, batch, heads, size), key, value]
-    return [part.detach().requires_grad_() for part in parts]
-
-
-def result(call: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Return the output and the gradients of a function that is not symmetric in the output."""
-    output = call()
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
-    return [output, *torch.autograd.grad(output, inputs, weights.to(output))]
 
 
 def same(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype = torch.float64) -> None:
@@ -129,10 +43,6 @@ def compare(ours: Any, theirs: Any, inputs: list[Tensor], mask: Tensor | None) -
     """Check that output and gradients are the same."""
     got, wanted = (result(lambda m=m: m(*inputs, mask), inputs) for m in (ours, theirs))
     same(got, wanted)
-
-
-def causal(length: int) -> Tensor:
-    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
 
 @settings(max_examples=60)

@@ -12,14 +12,6 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
-
-
-def keep_selected(x: Tensor, bits: Tensor) -> Tensor:
-    """Return x [..., H] where the bits are set, bitwise, and +0 elsewhere."""
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(unpack_bits(bits, x.shape[-1]), x, zero)
-
-
 _SLICE_WORDS = 1 << 16  # `count_bits_reference` unpacks this many words at a time, to 8 MB
 # The selection modes: the key that is compared, [..., H] to [..., H]. This is the one definition;
 # a mode without a kernel of its own selects by the kernels of ``value`` on its key.
@@ -70,6 +62,12 @@ def unpack_bits(bits: Tensor, hidden_size: int) -> Tensor:
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)
     mask = (bits.unsqueeze(-1) >> shifts) & 1
     return mask.reshape(*bits.shape[:-1], bits.shape[-1] * WORD_BITS)[..., :hidden_size].bool()
+
+
+def keep_selected(x: Tensor, bits: Tensor) -> Tensor:
+    """Return x [..., H] where the bits are set, bitwise, and +0 elsewhere."""
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(unpack_bits(bits, x.shape[-1]), x, zero)
 
 
 def bits_to_indices_reference(bits: Tensor, hidden_size: int, k: int) -> Tensor:

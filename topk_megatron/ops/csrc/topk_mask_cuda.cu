@@ -6,8 +6,7 @@
 namespace {
 
 using topk_mask::ForwardKernel;
-
-constexpr int64_t kMostBlocks = 0x7fffffff;
+using topk_mask::kMostBlocks;
 
 // How many blocks of the kernel the current device runs at a time. The queries run on the host and
 // do not synchronise.

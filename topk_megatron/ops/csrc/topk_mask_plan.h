@@ -20,6 +20,7 @@ constexpr int kHeldByTeam = 8;      // slots that a lane holds where several war
 constexpr int kMaxBlockWarps = 16;
 constexpr int kMaxStreamWarps = 32;
 constexpr int kRowsPerBlock = 4;    // rows of a block where one warp has a whole row
+constexpr int64_t kMostBlocks = 0x7fffffff;  // CUDA's limit for a grid in x
 
 // How a row is held. The number is a lane's slots in registers.
 enum Variant { kWarp2, kWarp4, kWarp8, kWarp16, kBlock8, kStream, kNumVariants };

@@ -5,9 +5,8 @@
 namespace {
 
 using topk_mask::ceil_div;
+using topk_mask::kMostBlocks;
 using topk_mask::SparseKernel;
-
-constexpr int64_t kMostBlocks = 0x7fffffff;
 
 int launch(SparseKernel kernel, int64_t blocks, size_t shared_bytes, const void* from,
            const void* indices, void* to, int64_t rows, int hidden, int k, void* stream) {

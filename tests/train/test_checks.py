@@ -123,17 +123,18 @@ def test_a_checkpoint_of_megatron_fsdp_loses_its_index_before_it_is_overwritten(
     monkeypatch.setattr("megatron.training.get_args", lambda: args)
     seen: list[bool] = []
 
-    def save(iteration: int) -> None:
+    def save(iteration: int, *, non_persistent_ckpt: bool) -> None:
         seen.append(index.exists())
 
-    for ckpt_format, rank, there in (
-        ("fsdp_dtensor", 0, False),
-        ("fsdp_dtensor", 1, True),
-        ("torch_dist", 0, True),
+    for ckpt_format, rank, elsewhere, there in (
+        ("fsdp_dtensor", 0, False, False),
+        ("fsdp_dtensor", 1, False, True),
+        ("fsdp_dtensor", 0, True, True),  # this save overwrites nothing of --save
+        ("torch_dist", 0, False, True),
     ):
         args.ckpt_format, args.rank = ckpt_format, rank
         index.touch()
-        guarded_save(save, 3)
+        guarded_save(save, 3, non_persistent_ckpt=elsewhere)
         assert seen.pop() is there
 
 

@@ -44,7 +44,8 @@ def guarded_save(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any
     # Starting the tracker later would unblock SIGTERM again (multiprocessing/resource_tracker.py).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    _mark_incomplete(iteration)
+    if not kwargs.get("non_persistent_ckpt"):  # these lie in a folder of their own
+        _mark_incomplete(iteration)
     try:
         return save_checkpoint(iteration, *args, **kwargs)
     except (Exception, CheckpointException) as error:  # the latter is not an Exception

@@ -130,7 +130,7 @@ def pretrain(
         place = command.index(str(SCRIPT))
         more: dict[str, Any] = {"preload": "megatron", "ranks": ranks, "timeout": timeout}
         done = run_forked(SCRIPT, *command[place + 1 :], environment=environment, **more)
-        return Run(done.returncode, done.stdout + done.stderr, tensorboard)
+        return _finished(done.returncode, done.stdout + done.stderr, tensorboard)
     # A file and not a pipe: helper processes of a killed rank would hold a pipe open forever.
     with tempfile.TemporaryFile("w+") as output:
         process = start(command, output, environment)
@@ -140,7 +140,17 @@ def pretrain(
             kill_job(process.pid)
             raise
         output.seek(0)
-        return Run(returncode, output.read(), tensorboard)
+        return _finished(returncode, output.read(), tensorboard)
+
+
+def _finished(returncode: int, output: str, tensorboard: Path | None) -> Run:
+    """Return the run; a failed one without Megatron's list of arguments.
+
+    These four hundred lines come before the error, and logs that are cut show nothing else.
+    """
+    if returncode:
+        output = re.sub(r"-+ arguments -+\n.*?-+ end of arguments -+\n", "", output, flags=re.S)
+    return Run(returncode, output, tensorboard)
 
 
 def command_line(

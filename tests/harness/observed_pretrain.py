@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from topk_megatron.cli import exit_on_user_error
@@ -41,6 +42,7 @@ def main() -> None:
     from topk_megatron.train.main import run
 
     run(device)
+    assert not dist.is_initialized(), "the process groups outlive the run"
     directory = Path(os.environ["TOPK_OBSERVED"])
     (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rows))
 

@@ -1,7 +1,9 @@
 """The steps of a pretraining run: parse, check, build, and hand over to Megatron."""
 
+import contextlib
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +152,36 @@ def run(device: str) -> None:
     watch = StopWatch()
     patches.on_exit_decision(watch.on_exit)
     model = bind_topk(gpt_config_from_args(args), runtime)
-    watch.run(
-        args,
-        lambda: pretrain(
-            pretrain_cfg_container_from_args(args, model),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        ),
-    )
+    with leaving_groups():
+        watch.run(
+            args,
+            lambda: pretrain(
+                pretrain_cfg_container_from_args(args, model),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            ),
+        )
+
+
+@contextlib.contextmanager
+def leaving_groups() -> Iterator[None]:
+    """Destroy the process groups after a run that ended by itself or was asked to stop.
+
+    Otherwise the threads of their backends are still alive while the interpreter shuts down, and a
+    rank whose training is complete may abort there. After an error nothing is destroyed: NCCL would
+    wait for ranks that may be gone.
+    """
+    try:
+        yield
+    except SystemExit:
+        _destroy_groups()
+        raise
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

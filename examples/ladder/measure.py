@@ -18,8 +18,6 @@ from examples.ladder.training import Data, seconds_of
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "examples" / "ladder" / "results"
 RECORDED = 262_144  # tokens
-MIN_COUNT = 50  # with fewer activations, a neuron's entropy says little
-OFTEN = 0.2  # a neuron that fires on more than this share of all tokens is counted as frequent
 LAYERS_OF_DENSE = "all,-2"
 
 
@@ -35,7 +33,7 @@ def measure(run: Run, data: Data, results: Path = RESULTS) -> None:
         return
     legs = [
         {"fraction": leg.fraction, "tokens": run.rung.tokens(leg.fraction), "steps": leg.steps}
-        | {"seconds": round(seconds_of(leg)), "checkpoints": str(leg.checkpoints)}
+        | {"seconds": round(seconds_of(leg), 1), "checkpoints": str(leg.checkpoints)}
         for leg in run.legs()
     ]
     about = {
@@ -62,11 +60,17 @@ def main() -> None:
 
     task = json.loads(sys.argv[1])
     legs = [_measure_leg(leg, task) for leg in task["legs"]]
-    found = {**task["about"], "k": task["k"], "legs": legs, "neurons": _record(task)}
+    found = {**task["about"], "k": task["k"], "legs": legs, **_record(task)}
     target = Path(task["target"])
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.write_text(_lines(found) + "\n")
+
+
+def _lines(found: dict[str, Any]) -> str:
+    """Return JSON with one line for each entry."""
+    entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
 
 
 def _measure_leg(leg: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +90,13 @@ def _measure_leg(leg: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     return {**leg, "loss": sum(losses) / sum(counts), "losses": losses, "counts": counts}
 
 
-def _record(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Record the whole training's model; return what its neurons do, by layer."""
+def _record(task: dict[str, Any]) -> dict[str, Any]:
+    """Record the whole training's model.
+
+    Returns:
+        The entropy of the recorded tokens in bits, and by layer: the share of neurons that never
+        fired, and of all others how often they fired and their token entropy in bits.
+    """
     from topk_megatron.analysis.corpus import open_corpus
     from topk_megatron.analysis.measures import corrected_entropy
     from topk_megatron.analysis.record.plan import RecordConfig
@@ -103,17 +112,26 @@ def _record(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     study = Path(task["folder"]) / "study"
     config = RecordConfig(study=study, run="last", overwrite=True)
     done = record(make_source(folder, **chosen), corpus, config)
-    found = {}
+    every = corrected_entropy(*_counts(corpus.tokens), 1)[0]
+    found: dict[str, Any] = {}
     for layer in done.layers:
         histogram = done.histogram(layer)
         entropy = corrected_entropy(histogram.counts, histogram.neurons, histogram.width)
-        known = entropy[histogram.totals >= MIN_COUNT]
+        fired = histogram.totals > 0
         found[str(layer)] = {
-            "silent": float((histogram.totals == 0).mean()),
-            "frequent": int((histogram.totals > OFTEN * len(corpus.tokens)).sum()),
-            "token_entropy": known.round(3).tolist(),
+            "silent": float(1 - fired.mean()),
+            "activations": histogram.totals[fired].tolist(),
+            "token_entropy": entropy[fired].round(3).tolist(),
         }
-    return found
+    return {"tokens": len(corpus.tokens), "entropy_of_tokens": round(every, 3), "neurons": found}
+
+
+def _counts(tokens: Any) -> tuple[Any, Any]:
+    """Return how often each token occurs, and their group: a single one."""
+    import numpy as np
+
+    counts = np.unique(tokens, return_counts=True)[1]
+    return counts, np.zeros_like(counts)
 
 
 if __name__ == "__main__":

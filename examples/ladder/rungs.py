@@ -1,4 +1,9 @@
-"""The rungs of the ladder: one dial, the depth, decides every size and the length of training."""
+"""The rungs of the ladder: one dial, the depth, decides every size and the length of training.
+
+The residual stream is wide, and heads and MLPs are narrow: with a quarter of the usual channels in
+attention and of the usual units in the MLP, twice the width has the same number of parameters in
+the layers. At these sizes that is better for dense models too (docs/design/0013-tax.md).
+"""
 
 import ast
 import operator
@@ -11,7 +16,7 @@ BRANCHES = (0.25, 0.5)
 COOLDOWN = 0.2  # share of a training, or of a branch's, over which the learning rate falls to 0
 SEQUENCE = 256  # tokens
 VOCABULARY = 4096  # pieces
-HEAD = 32  # channels of an attention head
+HEAD = 16  # channels of an attention head
 _STEPS_MULTIPLE = 40  # so that every branch point falls on a whole step
 
 
@@ -32,17 +37,22 @@ class Rung:
     @property
     def hidden(self) -> int:
         """Hidden size H."""
-        return 16 * self.depth
+        return 32 * self.depth
+
+    @property
+    def heads(self) -> int:
+        """Attention heads: their channels together are H / 4."""
+        return self.hidden // 4 // HEAD
 
     @property
     def ffn(self) -> int:
-        """Units of the gated MLP, about 8/3 H."""
-        return round(self.hidden * 8 / 3 / 16) * 16
+        """Units of the gated MLP, about 2/3 H."""
+        return round(self.hidden * 2 / 3 / 8) * 8
 
     @property
     def parameters(self) -> int:
         """Parameters of the layers' matrices, which leaves out embedding and norms."""
-        return self.depth * self.hidden * (4 * self.hidden + 3 * self.ffn)
+        return self.depth * self.hidden * (4 * self.heads * HEAD + 3 * self.ffn)
 
     @property
     def flops_per_token(self) -> int:
@@ -52,7 +62,7 @@ class Rung:
         for each layer, channel and token seen, of which there are S / 2 on average, twice: once
         for the scores and once for the values.
         """
-        attention = 6 * self.depth * self.hidden * SEQUENCE
+        attention = 6 * self.depth * self.heads * HEAD * SEQUENCE
         return 6 * (self.parameters + VOCABULARY * self.hidden) + attention
 
     @property
@@ -71,7 +81,7 @@ class Rung:
             "--num-layers": self.depth,
             "--hidden-size": self.hidden,
             "--ffn-hidden-size": self.ffn,
-            "--num-attention-heads": self.hidden // HEAD,
+            "--num-attention-heads": self.heads,
             "--kv-channels": HEAD,
             "--seq-length": SEQUENCE,
             "--max-position-embeddings": SEQUENCE,

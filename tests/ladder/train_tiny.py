@@ -9,7 +9,7 @@ from pathlib import Path
 from examples.ladder import grid, measure, rungs, training
 from examples.ladder.run import prepare
 
-DEPTH = 3  # H = 48, and one TopK layer
+DEPTH = 3  # H = 96, and one TopK layer
 
 
 def make_run(directory: Path, variant: str) -> grid.Run:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.ladder.grid import Run
-from examples.ladder.training import Data, seconds_of
+from examples.ladder.text import REPOSITORY, Data
+from examples.ladder.training import seconds_of
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "examples" / "ladder" / "results"
 RECORDED = 262_144  # tokens
 LAYERS_OF_DENSE = "all,-2"

@@ -7,43 +7,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 from examples.ladder.grid import Leg, Run
+from examples.ladder.text import REPOSITORY, Data
 from topk_megatron.checkpoint.directory import TRACKER
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SAVES = 40  # checkpoints of a training; every eighth is kept, and branches start from two of them
 KEPT = 8
 LOG_INTERVAL = 20
 # Steps allocate and free the same hundreds of megabytes; returning them to the system each time
 # costs a tenth of the step.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-
-
-@dataclass(frozen=True)
-class Data:
-    """The text as Megatron datasets.
-
-    Attributes:
-        train: The prefix of the training text.
-        tokenizer: The tokenizer.
-        excerpts: The beginnings of the held-out documents, as JSON lines.
-    """
-
-    train: Path
-    tokenizer: Path
-    excerpts: Path
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files that training reads."""
-        return Path(f"{self.train}.bin"), Path(f"{self.train}.idx"), self.tokenizer
 
 
 def train_all(runs: Sequence[Run], data: Data, jobs: int, then: Callable[[Run], None]) -> None:
@@ -99,7 +77,7 @@ def _train_leg(leg: Leg, data: Data) -> None:
         *_checkpoints(leg),
     ]
     log = leg.directory / "train.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_ALLOCATOR}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATOR}
     with log.open("a") as output:
         code = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY

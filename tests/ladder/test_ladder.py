@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.ladder import grid, rungs, training
-from examples.ladder.training import REPOSITORY
+from examples.ladder.text import REPOSITORY
 from tests.ladder.train_tiny import make_run
 from topk_megatron.files import read_scalars
 

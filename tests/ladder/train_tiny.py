@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from examples.ladder import grid, measure, rungs, training
-from examples.ladder.run import prepare
+from examples.ladder.text import prepare
 
 DEPTH = 3  # H = 96, and one TopK layer
 

@@ -1,0 +1,224 @@
+"""Runs the trials of new methods on one small model, and writes TRIALS.md.
+
+    python examples/ladder/trials.py --corpus train.jsonl.zst --held-out valid.jsonl.zst
+
+A trial is a file of flags in ``trials/``. Its first comments say what it is, which class of
+`arms.py` it uses, why it is tried and what was predicted before it ran. Results are kept in
+``trials/results`` under a hash of all that decides them, and a trial that has one does not run.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+from examples.ladder.grid import HERE, Leg, Run, hash_of  # noqa: E402
+from examples.ladder.rungs import Rung  # noqa: E402
+from examples.ladder.text import Data, add_options, prepare  # noqa: E402
+from examples.ladder.training import ALLOCATOR  # noqa: E402
+from topk_megatron.plan.command_lines import read_flags  # noqa: E402
+
+RUNG = Rung(6, ratio=6)  # about 1,000 steps: six minutes on one core
+TWIN = "dense"
+EVALUATED = 50  # batches
+_NOTES = ("arm", "reason", "predicted")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        name: The name of its file.
+        about: The file's first line.
+        notes: Its arm, its reason, and what was predicted.
+        flags: Everything that decides the weights.
+    """
+
+    name: str
+    about: str
+    notes: dict[str, str] = field(hash=False)
+    flags: tuple[str, ...]
+
+    def number(self, flag: str) -> int:
+        """Return the value of a flag, the last one if it is given twice."""
+        return int(self.flags[len(self.flags) - self.flags[::-1].index(flag)])
+
+
+def read_trial(file: Path, seed: int = 1) -> Trial:
+    """Read a trial's file.
+
+    Raises:
+        SystemExit: If a note is missing.
+    """
+    lines = [line.removeprefix("# ") for line in file.read_text().splitlines() if line[:1] == "#"]
+    notes = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
+    if missing := set(_NOTES) - notes.keys():
+        raise SystemExit(f"error: {file} has no line '# {min(missing)}: …'")
+    leg = Leg(Run(RUNG, file.stem, lines[0], seed, (), Path()), 1.0)
+    words = [*read_flags(HERE / "base.args"), *RUNG.flags(), *read_flags(file), *leg.schedule()]
+    words += ["--seed", str(seed), "--eval-iters", str(EVALUATED), "--eval-interval", "1000000"]
+    flags = tuple(RUNG.fill_in(word) for word in words)
+    return Trial(file.stem, lines[0], notes, flags)
+
+
+def result_of(trial: Trial, data_hash: str) -> Path:
+    """Return the file of a trial's result."""
+    parts = [trial.notes["arm"], *trial.flags, data_hash]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+    return HERE / "trials" / "results" / f"{trial.name}-{digest}.json"
+
+
+def run_trial(trial: Trial, target: Path, data: Data, directory: Path) -> str:
+    """Train one model under its arm, unless that is done; return a line about it."""
+    if target.exists():
+        return f"{trial.name}: {json.loads(target.read_text())['loss']:.4f} (known)"
+    directory.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
+    log = directory / f"{target.stem}.log"
+    command = [
+        *(sys.executable, "-m", "examples.ladder.trial", trial.notes["arm"], str(target)),
+        *trial.flags,
+        *("--train-data-path", str(data.train), "--valid-data-path", str(data.valid)),
+        *("--data-cache-path", str(data.train.parent / f"index-trial-{trial.name}")),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer)),
+        *("--log-interval", "20"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATOR}
+    with log.open("w") as output:
+        code = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+        ).returncode
+    if code:
+        sys.exit(f"error: the trial {trial.name} failed; its output is in {log}")
+    return f"{trial.name}: {json.loads(target.read_text())['loss']:.4f}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a result says.
+
+    Attributes:
+        loss: Nats a token, on held-out text.
+        mean: Mean token entropy of the neurons with 50 activations or more, in bits.
+        weighted: Mean token entropy over activations, in bits.
+        silent: Share of neurons that never fired.
+    """
+
+    loss: float
+    mean: float
+    weighted: float
+    silent: float
+
+
+def summarise(result: dict[str, Any]) -> Summary:
+    """Return the means over all layers."""
+    pairs = [
+        (count, entropy)
+        for layer in result["neurons"].values()
+        for count, entropy in zip(layer["activations"], layer["token_entropy"], strict=True)
+    ]
+    known = [entropy for count, entropy in pairs if count >= 50]
+    total = sum(count for count, _ in pairs)
+    silent = [layer["silent"] for layer in result["neurons"].values()]
+    return Summary(
+        result["loss"],
+        sum(known) / len(known),
+        sum(count * entropy for count, entropy in pairs) / total,
+        sum(silent) / len(silent),
+    )
+
+
+_PAGE = """# Trials
+
+Written by `examples/ladder/trials.py`; do not edit. Every model has {parameters:,} parameters
+in its layers and was trained on {tokens:,} tokens, on the same batches, with one seed.
+Differences below 0.01 nats mean nothing.
+
+The tax is how far the loss, and the perplexity, are above those of the dense model of the same
+width. Token entropies are in bits and of the k largest neurons of what the next layer's attention
+reads: the mean over neurons, and the mean over activations beside the lowest that is possible at
+this k and H ([why](../../docs/design/0013-tax.md)).
+
+| {head} |
+|{rule}
+"""
+_HEAD = (
+    *("trial", "H", "k", "loss, nats", "tax, nats", "tax, %"),
+    *("entropy, neurons", "entropy, activations", "floor", "silent"),
+)
+
+
+def write_page(found: Sequence[tuple[Trial, dict[str, Any]]], page: Path) -> None:
+    """Write the table of all results, and what each trial is."""
+    twins = {_width(t): r["loss"] for t, r in found if t.notes["arm"] == "dense"}
+    lines = []
+    for trial, result in found:
+        one, width, k = summarise(result), _width(trial), trial.number("--topk-k")
+        tax = ("", "")
+        if trial.notes["arm"] != "dense" and width in twins:
+            nats = one.loss - twins[width]
+            tax = (f"{nats:+.3f}", f"{100 * math.expm1(nats):+.1f}")
+        floor = result["entropy_of_tokens"] - math.log2(width / k)
+        numbers = (f"{one.mean:.2f}", f"{one.weighted:.2f}", f"{floor:.2f}", f"{one.silent:.0%}")
+        cells = (f"`{trial.name}`", str(width), str(k), f"{one.loss:.3f}", *tax, *numbers)
+        lines.append(f"| {' | '.join(cells)} |")
+    head = {"head": " | ".join(_HEAD), "rule": "---|" * len(_HEAD)}
+    parts = [_PAGE.format(parameters=RUNG.parameters, tokens=RUNG.tokens(), **head)]
+    parts[0] += "\n".join(lines)
+    for trial, _ in found:
+        notes = "\n".join(f"- {name}: {trial.notes[name]}" for name in _NOTES)
+        parts.append(f"## {trial.name}\n\n{trial.about}\n\n{notes}")
+    page.write_text("\n\n".join(parts) + "\n")
+
+
+def _width(trial: Trial) -> int:
+    return trial.number("--hidden-size")
+
+
+def main() -> None:
+    """Run the trials that have no result, and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    parser.add_argument("--trials", nargs="+", metavar="NAME", help="some of them (default: all)")
+    args = parser.parse_args()
+    data = prepare(args.corpus, args.held_out, args.directory / "data")
+    files = sorted((HERE / "trials").glob("*.args"), key=lambda file: (file.stem != TWIN, file))
+    everything = [read_trial(file) for file in files]
+    if unknown := set(args.trials or ()) - {trial.name for trial in everything}:
+        sys.exit(f"error: there is no {HERE / 'trials' / min(unknown)}.args")
+    chosen = [trial for trial in everything if not args.trials or trial.name in args.trials]
+    data_hash = hash_of([*data.files, Path(f"{data.valid}.bin")])
+
+    def locate(trial: Trial) -> Path:
+        return result_of(trial, data_hash)
+
+    def work(trial: Trial) -> str:
+        return run_trial(trial, locate(trial), data, args.directory / "trials")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line in pool.map(work, chosen):
+            print(line, flush=True)
+    found = [
+        (trial, json.loads(target.read_text()))
+        for trial, target in zip(everything, map(locate, everything), strict=True)
+        if target.exists()
+    ]
+    write_page(found, HERE / "TRIALS.md")
+    print(f"results: {HERE / 'TRIALS.md'}")
+
+
+if __name__ == "__main__":
+    main()

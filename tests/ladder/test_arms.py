@@ -1,0 +1,174 @@
+"""Arms do what their docstrings say, and the product's own method trains the same under a trial."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.ladder import trials
+from examples.ladder.arms import ARMS
+from examples.ladder.text import REPOSITORY
+from tests.harness.launch import TINY_MODEL, TINY_TRAINING, pretrain
+from topk_megatron.ops import topk_mask
+
+WIDTH = 32
+
+
+def with_k(k: int, final: int | None = None) -> Any:
+    """Return what an arm reads of the runtime."""
+    return Namespace(k=k, config=Namespace(k=final or k, mode="value"))
+
+
+def states(seed: int, rows: int = 6) -> torch.Tensor:
+    return torch.randn(1, rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 99), st.integers(1, WIDTH - 1), st.sampled_from(["topk", "gate", "balance"]))
+def test_arms_with_a_fixed_number_keep_the_k_largest(seed: int, k: int, name: str) -> None:
+    """A gate does at temperature 0, and a balance before any neuron has a bonus."""
+    x = states(seed)
+    with torch.no_grad():
+        left = ARMS[name]("").leave(x, x, with_k(k), 0)
+    assert torch.equal(left, topk_mask(x, k))
+    assert ARMS[name]("").read(x, with_k(k)) is x
+
+
+@given(st.integers(0, 99), st.integers(1, 7), st.sampled_from(["reads", "normed", "two", "leak"]))
+def test_sparse_reads_are_the_k_largest_of_what_is_left(seed: int, k: int, name: str) -> None:
+    x = states(seed)
+    arm = ARMS[name]("")
+    left = arm.leave(x, x, with_k(k), 0)
+    assert torch.equal(arm.read(left, with_k(k)), topk_mask(x, k))
+    kept = {"reads": WIDTH, "normed": WIDTH, "two": 4 * k, "leak": WIDTH}[name]
+    assert ((left != 0).sum(-1) == kept).all()
+
+
+def test_a_leak_halves_what_is_not_read() -> None:
+    x = states(1)
+    left = ARMS["leak"]("by=0.25").leave(x, x, with_k(4), 0)
+    read = topk_mask(x, 4)
+    assert torch.allclose(left, torch.where(read != 0, x, x / 4))
+
+
+def test_an_update_is_sparse_and_the_stream_is_its_sum() -> None:
+    before, x = states(1), states(2)
+    left = ARMS["update"]("").leave(x, before, with_k(4), 0)
+    assert torch.allclose(left - before, topk_mask(x - before, 4), atol=1e-6)
+
+
+@given(st.integers(0, 99), st.integers(1, WIDTH - 1))
+def test_a_shrunk_state_does_not_jump_where_the_selection_changes(seed: int, k: int) -> None:
+    """The two values at the border swap places; a TopK jumps there by their size."""
+    x = states(seed, rows=1)
+    order = x.argsort(-1, descending=True)[0, 0]
+    x[0, 0, order[k]] = x[0, 0, order[k - 1]] - 1e-5
+    swapped = x.clone()
+    swapped[0, 0, order[[k - 1, k]]] = x[0, 0, order[[k, k - 1]]]
+    one, other = (ARMS["shrink"]("").leave(each, each, with_k(k), 0) for each in (x, swapped))
+    assert (one - other).abs().max() < 1e-4
+    assert (one > 0).sum() <= k
+
+
+def test_a_gate_is_soft_while_k_falls() -> None:
+    x = states(3)
+    left = ARMS["gate"]("temperature=1").leave(x, x, with_k(8, final=4), 0)
+    assert (left != 0).all()
+    hard = topk_mask(x, 8)
+    assert ((left - hard).abs() <= x.abs()).all()
+
+
+def test_a_batch_keeps_k_a_token_on_average_and_a_threshold_for_evaluation() -> None:
+    arm, x = ARMS["batch"](""), states(4, rows=500)
+    left = arm.leave(x, x, with_k(4), 0)
+    assert (left != 0).sum() == 4 * 500
+    assert (left != 0).sum(-1).float().std() > 0.5
+    with torch.no_grad():
+        other = states(5, rows=500)
+        mean = (arm.leave(other, other, with_k(4), 0) != 0).sum(-1).float().mean()
+    assert mean == pytest.approx(4, rel=0.1)
+
+
+def test_a_balance_lets_a_neuron_fire_that_never_did() -> None:
+    arm, rare = ARMS["balance"]("by=0.1"), 0
+    fired = []
+    for seed in range(60):
+        x = states(seed)
+        x[..., rare] -= 4
+        fired.append(bool((arm.leave(x, x, with_k(8), 0)[..., rare] != 0).any()))
+    assert not any(fired[:10])
+    assert any(fired[-10:])
+
+
+def test_an_unknown_option_ends_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"error: expected options \['by'\], got \{'to'\}"):
+        ARMS["leak"]("to=1")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((trials.HERE / "trials").glob("*.args")), ids=lambda f: f.stem
+)
+def test_every_trial_says_what_was_predicted(file: Path) -> None:
+    trial = trials.read_trial(file)
+    assert trial.notes["arm"].partition(":")[0] in ARMS
+    ARMS[trial.notes["arm"].partition(":")[0]](trial.notes["arm"].partition(":")[2])
+    assert trial.about.endswith(".")
+    assert trial.notes["predicted"]
+    assert trial.number("--topk-k") >= 1
+    assert not any("{" in flag for flag in trial.flags)
+
+
+def test_a_trial_without_a_prediction_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rash.args"
+    file.write_text("# Rash.\n# arm: reads\n# reason: none\n--topk-k 1\n")
+    with pytest.raises(SystemExit, match="has no line '# predicted"):
+        trials.read_trial(file)
+
+
+def test_the_tax_is_that_to_the_twin_of_the_same_width(tmp_path: Path) -> None:
+    def made(name: str, loss: float) -> tuple[trials.Trial, dict[str, Any]]:
+        layer = {"silent": 0.5, "activations": [100, 300, 1], "token_entropy": [2.0, 4.0, 9.0]}
+        trial = trials.read_trial(trials.HERE / "trials" / f"{name}.args")
+        return trial, {"loss": loss, "entropy_of_tokens": 9.0, "neurons": {"0": layer}}
+
+    page = tmp_path / "TRIALS.md"
+    found = [made("dense", 4.5), made("dense-narrow", 4.75), made("reads-6", 4.52)]
+    trials.write_page(found, page)
+    (row,) = (line for line in page.read_text().splitlines() if line.startswith("| `reads-6`"))
+    # 9 - log2(192 / 6) = 4 bits; (100 * 2 + 300 * 4 + 1 * 9) / 401 = 3.51.
+    assert row == "| `reads-6` | 192 | 6 | 4.520 | +0.020 | +2.0 | 3.00 | 3.51 | 4.00 | 50% |"
+    assert "| `dense-narrow` | 96 | 6 | 4.750 |  |  |" in page.read_text()
+
+
+@pytest.mark.slow
+def test_the_products_method_trains_the_same_under_a_trial(
+    dataset: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    flags = [*TINY_MODEL, *TINY_TRAINING, "--num-workers", "0", "--eval-iters", "4"]
+    flags += ["--train-data-path", str(dataset), "--valid-data-path", str(dataset)]
+    flags += ["--data-cache-path", str(tmp_path / "cache")]
+    flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
+    flags += ["--topk-k", "8", "--topk-layers", "all,-2"]
+    flags = [word for word in flags if word not in ("--split", "90,8,2")]
+    product = pretrain(1, *flags)
+    assert product.returncode == 0, product.output
+    (expected,) = product.validation_losses()
+
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "examples.ladder.trial", "topk", str(result), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(result.read_text())
+    assert found["loss"] == pytest.approx(expected, abs=1e-6)
+    assert found["neurons"].keys() == {"0", "1"}
+    for layer in found["neurons"].values():
+        assert sum(layer["activations"]) == 8 * 4 * 8 * 64  # k, batches, sequences, tokens
+        shares = np.array(layer["activations"]) / sum(layer["activations"])
+        assert shares @ layer["token_entropy"] < found["entropy_of_tokens"] < 9

@@ -40,8 +40,7 @@ class Run:
 
     def flag(self, name: str) -> str:
         """Return the value of a flag, the last one if it is given twice."""
-        place = len(self.flags) - 1 - self.flags[::-1].index(name)
-        return self.flags[place + 1]
+        return value_of(self.flags, name)
 
     @property
     def k(self) -> int:
@@ -93,6 +92,16 @@ class Leg:
         return [str(word) for item in lengths.items() for word in item]
 
 
+def value_of(flags: Sequence[str], name: str) -> str:
+    """Return the value of a flag, the last one if it is given twice."""
+    return flags[len(flags) - flags[::-1].index(name)]
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """Return ten digits that name what these words decide."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+
+
 def hash_of(paths: Iterable[Path]) -> str:
     """Return the SHA-256 of all files' bytes."""
     digest = hashlib.sha256()
@@ -139,6 +148,6 @@ def _make_run(rung: Rung, file: Path, seed: int, directory: Path, data_hash: str
     words = [*read_flags(HERE / "base.args"), *rung.flags(), *read_flags(file)]
     flags = (*(rung.fill_in(word) for word in words), "--seed", str(seed))
     legs = (f"{rung.steps} {fraction} {COOLDOWN}" for fraction in (1, *BRANCHES))
-    digest = hashlib.sha256("\0".join([*flags, *legs, data_hash]).encode()).hexdigest()[:10]
+    digest = digest_of([*flags, *legs, data_hash])
     path = directory / f"{rung.depth}-{file.stem}-seed-{seed}-{digest}"
     return Run(rung, file.stem, about, seed, flags, path)

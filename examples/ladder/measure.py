@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from examples.ladder.grid import Run
 from examples.ladder.text import REPOSITORY, Data
 from examples.ladder.training import seconds_of
@@ -112,26 +114,36 @@ def _record(task: dict[str, Any]) -> dict[str, Any]:
     study = Path(task["folder"]) / "study"
     config = RecordConfig(study=study, run="last", overwrite=True)
     done = record(make_source(folder, **chosen), corpus, config)
-    every = corrected_entropy(*_counts(corpus.tokens), 1)[0]
+    counts = np.unique(corpus.tokens, return_counts=True)[1]
     found: dict[str, Any] = {}
     for layer in done.layers:
         histogram = done.histogram(layer)
         entropy = corrected_entropy(histogram.counts, histogram.neurons, histogram.width)
-        fired = histogram.totals > 0
-        found[str(layer)] = {
-            "silent": float(1 - fired.mean()),
-            "activations": histogram.totals[fired].tolist(),
-            "token_entropy": entropy[fired].round(3).tolist(),
-        }
-    return {"tokens": len(corpus.tokens), "entropy_of_tokens": round(every, 3), "neurons": found}
+        found[str(layer)] = by_neuron(histogram.totals, entropy)
+    every = entropy_of(counts)
+    return {"tokens": len(corpus.tokens), "entropy_of_tokens": every, "neurons": found}
 
 
-def _counts(tokens: Any) -> tuple[Any, Any]:
-    """Return how often each token occurs, and their group: a single one."""
-    import numpy as np
+def entropy_of(counts: np.ndarray) -> float:
+    """Return the entropy, in bits, of tokens that occur this often; all do."""
+    from topk_megatron.analysis.measures import corrected_entropy
 
-    counts = np.unique(tokens, return_counts=True)[1]
-    return counts, np.zeros_like(counts)
+    return round(float(corrected_entropy(counts, np.zeros_like(counts), 1)[0]), 3)
+
+
+def by_neuron(totals: np.ndarray, entropy: np.ndarray) -> dict[str, Any]:
+    """Return what a result keeps of one layer.
+
+    Args:
+        totals: How often each neuron fired, int64 [h].
+        entropy: The token entropy of each neuron, in bits, float64 [h].
+    """
+    fired = totals > 0
+    return {
+        "silent": float(1 - fired.mean()),
+        "activations": totals[fired].tolist(),
+        "token_entropy": entropy[fired].round(3).tolist(),
+    }
 
 
 if __name__ == "__main__":

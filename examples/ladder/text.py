@@ -36,6 +36,15 @@ class Data:
         """All files that training reads."""
         return Path(f"{self.train}.bin"), Path(f"{self.train}.idx"), self.tokenizer
 
+    def flags(self, index: str) -> list[str]:
+        """Return the flags of pretraining that read the text; `index` names a cache."""
+        cache = str(self.train.parent / f"index-{index}")
+        return [
+            *("--train-data-path", str(self.train), "--data-cache-path", cache),
+            *("--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(self.tokenizer)),
+        ]
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every command of the ladder has."""

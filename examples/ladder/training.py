@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from examples.ladder.grid import Leg, Run
 from examples.ladder.text import REPOSITORY, Data
@@ -17,7 +18,7 @@ KEPT = 8
 LOG_INTERVAL = 20
 # Steps allocate and free the same hundreds of megabytes; returning them to the system each time
 # costs a tenth of the step.
-ALLOCATOR = {
+_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
@@ -68,24 +69,26 @@ def _train_leg(leg: Leg, data: Data) -> None:
     command = [
         *(sys.executable, str(REPOSITORY / "pretrain_topk_gpt.py"), *leg.run.flags),
         *leg.schedule(),
-        *("--train-data-path", str(data.train)),
-        *("--data-cache-path", str(data.train.parent / f"index-{leg.run.rung.depth}")),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer)),
+        *data.flags(str(leg.run.rung.depth)),
         *("--tensorboard-dir", str(leg.directory / "tensorboard"), "--tensorboard-log-interval"),
         "1",
         *("--log-interval", str(LOG_INTERVAL)),
         *_checkpoints(leg),
     ]
-    log = leg.directory / "train.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATOR}
+    run_on_one_thread(command, leg.directory / "train.log", f"training {leg.run.name}")
+    done = {"seconds": round(seconds_of(leg), 1)}
+    (leg.directory / "trained.json").write_text(json.dumps(done))
+
+
+def run_on_one_thread(command: Sequence[str], log: Path, what: str) -> None:
+    """Run a training whose output is appended to a log; if it fails, exit and name both."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_ALLOCATOR}
     with log.open("a") as output:
         code = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
         ).returncode
     if code:
-        sys.exit(f"error: training {leg.run.name} failed; its output is in {log}")
-    done = {"seconds": round(seconds_of(leg), 1)}
-    (leg.directory / "trained.json").write_text(json.dumps(done))
+        sys.exit(f"error: {what} failed; its output is in {log}")
 
 
 def _checkpoints(leg: Leg) -> list[str]:

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from examples.ladder.arms import ARMS, TopK
+from examples.ladder.measure import by_neuron, entropy_of
 from topk_megatron.analysis.measures import corrected_entropy
 from topk_megatron.cli import exit_on_user_error
 from topk_megatron.compat import prepare_device
@@ -111,8 +111,7 @@ class Trial:
     def entropy_of_tokens(self) -> float:
         """Return the entropy of the evaluated tokens, in bits."""
         counts = next(iter(self.counts.values())).view(-1, self._vocabulary).sum(0).numpy()
-        counts = counts[counts > 0]
-        return float(corrected_entropy(counts, np.zeros_like(counts), 1)[0])
+        return entropy_of(counts[counts > 0])
 
     def neurons(self) -> dict[str, dict[str, Any]]:
         """Return activations and token entropy (bits) of all neurons that fired, by layer."""
@@ -121,12 +120,7 @@ class Trial:
             counts = flat.view(-1, self._vocabulary).numpy()
             neurons, tokens = counts.nonzero()
             entropy = corrected_entropy(counts[neurons, tokens], neurons, len(counts))
-            totals = counts.sum(1)
-            found[str(layer)] = {
-                "silent": float((totals == 0).mean()),
-                "activations": totals[totals > 0].tolist(),
-                "token_entropy": np.round(entropy[totals > 0], 3).tolist(),
-            }
+            found[str(layer)] = by_neuron(counts.sum(1), entropy)
         return found
 
 

@@ -8,28 +8,24 @@ A trial is a file of flags in ``trials/``. Its first comments say what it is, wh
 """
 
 import argparse
-import hashlib
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
-from examples.ladder.grid import HERE, Leg, Run, hash_of  # noqa: E402
+from examples.ladder.grid import HERE, TWIN, Leg, Run, digest_of, hash_of, value_of  # noqa: E402
 from examples.ladder.rungs import Rung  # noqa: E402
 from examples.ladder.text import Data, add_options, prepare  # noqa: E402
-from examples.ladder.training import ALLOCATOR  # noqa: E402
+from examples.ladder.training import LOG_INTERVAL, run_on_one_thread  # noqa: E402
 from topk_megatron.plan.command_lines import read_flags  # noqa: E402
 
 RUNG = Rung(6, ratio=6)  # about 1,000 steps: six minutes on one core
-TWIN = "dense"
 EVALUATED = 50  # batches
 _NOTES = ("arm", "reason", "predicted")
 
@@ -47,12 +43,12 @@ class Trial:
 
     name: str
     about: str
-    notes: dict[str, str] = field(hash=False)
+    notes: dict[str, str]
     flags: tuple[str, ...]
 
     def number(self, flag: str) -> int:
         """Return the value of a flag, the last one if it is given twice."""
-        return int(self.flags[len(self.flags) - self.flags[::-1].index(flag)])
+        return int(value_of(self.flags, flag))
 
 
 def read_trial(file: Path, seed: int = 1) -> Trial:
@@ -75,8 +71,7 @@ def read_trial(file: Path, seed: int = 1) -> Trial:
 def result_of(trial: Trial, data_hash: str) -> Path:
     """Return the file of a trial's result."""
     parts = [trial.notes["arm"], *trial.flags, data_hash]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
-    return HERE / "trials" / "results" / f"{trial.name}-{digest}.json"
+    return HERE / "trials" / "results" / f"{trial.name}-{digest_of(parts)}.json"
 
 
 def run_trial(trial: Trial, target: Path, data: Data, directory: Path) -> str:
@@ -85,22 +80,13 @@ def run_trial(trial: Trial, target: Path, data: Data, directory: Path) -> str:
         return f"{trial.name}: {json.loads(target.read_text())['loss']:.4f} (known)"
     directory.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(exist_ok=True)
-    log = directory / f"{target.stem}.log"
     command = [
         *(sys.executable, "-m", "examples.ladder.trial", trial.notes["arm"], str(target)),
         *trial.flags,
-        *("--train-data-path", str(data.train), "--valid-data-path", str(data.valid)),
-        *("--data-cache-path", str(data.train.parent / f"index-trial-{trial.name}")),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer)),
-        *("--log-interval", "20"),
+        *data.flags(f"trial-{trial.name}"),
+        *("--valid-data-path", str(data.valid), "--log-interval", str(LOG_INTERVAL)),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATOR}
-    with log.open("w") as output:
-        code = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
-        ).returncode
-    if code:
-        sys.exit(f"error: the trial {trial.name} failed; its output is in {log}")
+    run_on_one_thread(command, directory / f"{target.stem}.log", f"the trial {trial.name}")
     return f"{trial.name}: {json.loads(target.read_text())['loss']:.4f}"
 
 
@@ -161,12 +147,12 @@ _HEAD = (
 
 def write_page(found: Sequence[tuple[Trial, dict[str, Any]]], page: Path) -> None:
     """Write the table of all results, and what each trial is."""
-    twins = {_width(t): r["loss"] for t, r in found if t.notes["arm"] == "dense"}
+    twins = {_width(t): r["loss"] for t, r in found if _is_twin(t)}
     lines = []
     for trial, result in found:
         one, width, k = summarise(result), _width(trial), trial.number("--topk-k")
         tax = ("", "")
-        if trial.notes["arm"] != "dense" and width in twins:
+        if not _is_twin(trial) and width in twins:
             nats = one.loss - twins[width]
             tax = (f"{nats:+.3f}", f"{100 * math.expm1(nats):+.1f}")
         floor = result["entropy_of_tokens"] - math.log2(width / k)
@@ -180,6 +166,11 @@ def write_page(found: Sequence[tuple[Trial, dict[str, Any]]], page: Path) -> Non
         notes = "\n".join(f"- {name}: {trial.notes[name]}" for name in _NOTES)
         parts.append(f"## {trial.name}\n\n{trial.about}\n\n{notes}")
     page.write_text("\n\n".join(parts) + "\n")
+
+
+def _is_twin(trial: Trial) -> bool:
+    """Return whether nothing is masked, neither on the stream nor inside the MLP."""
+    return trial.notes["arm"] == TWIN and "--topk-mlp-k" not in trial.flags
 
 
 def _width(trial: Trial) -> int:

@@ -139,12 +139,15 @@ def test_the_tax_is_that_to_the_twin_of_the_same_width(tmp_path: Path) -> None:
         return trial, {"loss": loss, "entropy_of_tokens": 9.0, "neurons": {"0": layer}}
 
     page = tmp_path / "TRIALS.md"
-    found = [made("dense", 4.5), made("dense-narrow", 4.75), made("reads-6", 4.52)]
+    models = {"dense": 4.5, "dense-narrow": 4.75, "mlp": 4.4, "reads-6": 4.52}
+    found = [made(name, loss) for name, loss in models.items()]
     trials.write_page(found, page)
     (row,) = (line for line in page.read_text().splitlines() if line.startswith("| `reads-6`"))
     # 9 - log2(192 / 6) = 4 bits; (100 * 2 + 300 * 4 + 1 * 9) / 401 = 3.51.
     assert row == "| `reads-6` | 192 | 6 | 4.520 | +0.020 | +2.0 | 3.00 | 3.51 | 4.00 | 50% |"
     assert "| `dense-narrow` | 96 | 6 | 4.750 |  |  |" in page.read_text()
+    # Its stream is dense, but it is no twin: its MLP is sparse.
+    assert "| `mlp` | 192 | 12 | 4.400 | -0.100 | -9.5 |" in page.read_text()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from examples.ladder.arms import ARMS, TopK
 from examples.ladder.measure import by_neuron, entropy_of
@@ -41,33 +42,40 @@ class Trial:
         self._topk: Any = None
         self._before: dict[int, Tensor] = {}
         self._tokens = torch.empty(0)
+        self._models: list[Any] = []
+        self._losses: list[tuple[float, float]] = []
 
     def install(self) -> None:
-        """Make this process's models follow the arm."""
-        from megatron.core.models.gpt import gpt_model
+        """Make this process's models follow the arm, from their first forward pass on."""
+        trial = self
 
-        trial, model_class, runtime_class = self, gpt_model.GPTModel, TopKRuntime
-        forward, build = model_class.forward, model_class.__init__
+        def apply(
+            self: TopKRuntime, hidden_states: Tensor, layer: int, *, training: bool
+        ) -> Tensor:
+            self.count("residual stream", layer, training)
+            trial._topk = self
+            return trial.arm.leave(hidden_states, trial._before.pop(layer), self, layer)
 
-        def apply(topk: TopKRuntime, x: Tensor, layer: int, *, training: bool) -> Tensor:
-            topk.count("residual stream", layer, training)
-            trial._topk = topk
-            return trial.arm.leave(x, trial._before.pop(layer), topk, layer)
+        TopKRuntime.apply = apply
+        register_module_forward_pre_hook(self._before_model)
+        register_module_forward_hook(self._after_model, with_kwargs=True)
 
-        def build_with_hooks(model: Any, *args: Any, **kwargs: Any) -> None:
-            build(model, *args, **kwargs)
-            trial._attach(model)
+    def _before_model(self, model: Any, args: tuple[Any, ...]) -> None:
+        """Attach the hooks of a new model, and forget the evaluation when training goes on."""
+        if not hasattr(model, "decoder"):
+            return
+        if model not in self._models:
+            self._models.append(model)
+            self._attach(model)
+        self._tokens = args[0]
+        if model.training:
+            self.counts.clear()
+            self._losses.clear()
 
-        def forward_with_tokens(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            trial._tokens = input_ids
-            return forward(model, input_ids, *args, **kwargs)
-
-        for patched, name, new in (
-            (runtime_class, "apply", apply),
-            (model_class, "__init__", build_with_hooks),
-            (model_class, "forward", forward_with_tokens),
-        ):
-            setattr(patched, name, new)
+    def _after_model(self, model: Any, _: Any, kwargs: dict[str, Any], losses: Tensor) -> None:
+        if hasattr(model, "decoder") and not model.training:
+            masked = losses.float() * kwargs["loss_mask"]
+            self._losses.append((masked.sum().item(), kwargs["loss_mask"].sum().item()))
 
     def _attach(self, model: Any) -> None:
         layers = {layer.layer_number - 1: layer for layer in model.decoder.layers}
@@ -108,6 +116,10 @@ class Trial:
         counts = self.counts.setdefault(layer, torch.zeros(size, dtype=torch.int32))
         counts += torch.bincount(places, minlength=size).to(torch.int32)
 
+    def loss(self) -> float:
+        """Return the loss of the evaluation, in nats a token."""
+        return sum(loss for loss, _ in self._losses) / sum(count for _, count in self._losses)
+
     def entropy_of_tokens(self) -> float:
         """Return the entropy of the evaluated tokens, in bits."""
         counts = next(iter(self.counts.values())).view(-1, self._vocabulary).sum(0).numpy()
@@ -135,23 +147,11 @@ def main() -> None:
     device = prepare_device()
     trial = Trial(ARMS[name](options))
     trial.install()
-    from megatron.training import training
-
     from topk_megatron.train.main import run
 
-    losses: list[float] = []
-    evaluate = training.evaluate
-
-    def evaluate_and_keep(*args: Any, **kwargs: Any) -> Any:
-        trial.counts.clear()
-        found: Any = evaluate(*args, **kwargs)
-        losses.append(float(found[0]["lm loss"]))
-        return found
-
-    training.evaluate = evaluate_and_keep
     run(device)
     with replacing(target) as temporary:
-        found = {"arm": text, "loss": losses[-1], "entropy_of_tokens": trial.entropy_of_tokens()}
+        found = {"arm": text, "loss": trial.loss(), "entropy_of_tokens": trial.entropy_of_tokens()}
         temporary.write_text(json.dumps({**found, "neurons": trial.neurons()}) + "\n")
 
 

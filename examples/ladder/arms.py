@@ -4,7 +4,7 @@ An arm decides what a TopK layer leaves on the residual stream, and what the nex
 and MLP read of it. docs/design/0013-tax.md says why each was tried, and what came.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -170,7 +170,61 @@ class Balance(TopK):
         return x * mask
 
 
+class States(TopK):
+    """A TopK after every layer, and another on what the MLP reads, behind attention."""
+
+    def read(self, x: Tensor, topk: TopKRuntime) -> Tensor:
+        """Return the k largest; of a layer's output these are all that is left."""
+        return topk_mask(x, topk.k, mode=topk.config.mode)
+
+
+class Shared(TopK):
+    """The first `count` of the k neurons of a token are the same for all tokens."""
+
+    options: ClassVar[dict[str, float]] = {"count": 4}
+
+    def leave(self, x: Tensor, before: Tensor, topk: TopKRuntime, layer: int) -> Tensor:
+        """Return the first `count` neurons, and the k - `count` largest of the others."""
+        count = int(self.option["count"])
+        always, others = x[..., :count], x[..., count:]
+        kept = max(1, min(topk.k - count, others.shape[-1]))
+        return torch.cat([always, topk_mask(others, kept, mode=topk.config.mode)], dim=-1)
+
+
+class _Penalised(torch.autograd.Function):
+    """The identity, to whose gradient that of a penalty is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, penalty: Tensor) -> Tensor:
+        """Return x."""
+        ctx.shape, ctx.dtype = penalty.shape, penalty.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient, and 1 for the penalty, as if it were added to the loss."""
+        (gradient,) = gradients
+        return gradient, torch.ones(ctx.shape, dtype=ctx.dtype, device=gradient.device)
+
+
+class Penalty(TopK):
+    """`by` times the ratio of L1 to L2 norm before the TopK is added to the loss of each token."""
+
+    options: ClassVar[dict[str, float]] = {"by": 0.01}
+
+    def leave(self, x: Tensor, before: Tensor, topk: TopKRuntime, layer: int) -> Tensor:
+        """Return the k largest."""
+        if torch.is_grad_enabled():
+            values = x.float()
+            ratio = values.abs().sum(-1) / values.norm(dim=-1).clamp_min(1e-6)
+            x = _Penalised.apply(x, self.option["by"] * ratio.sum())  # pyright: ignore
+        return super().leave(x, before, topk, layer)
+
+
 ARMS = {
     arm.__name__.lower(): arm
-    for arm in (TopK, Dense, Reads, Normed, Two, Leak, Update, Shrink, Gate, Batch, Balance)
+    for arm in (
+        *(TopK, Dense, Reads, Normed, Two, Leak, Update, Shrink, Gate, Batch, Balance),
+        *(States, Shared, Penalty),
+    )
 }

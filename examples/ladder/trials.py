@@ -8,6 +8,7 @@ A trial is a file of flags in ``trials/``. Its first comments say what it is, wh
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -51,8 +52,14 @@ class Trial:
         return int(value_of(self.flags, flag))
 
 
-def read_trial(file: Path, seed: int = 1) -> Trial:
+def read_trial(file: Path, seed: int = 1, rung: Rung = RUNG, more: Sequence[str] = ()) -> Trial:
     """Read a trial's file.
+
+    Args:
+        file: The file.
+        seed: The seed of the initial weights and of the order of the text.
+        rung: The sizes and the length of the training.
+        more: Flags that replace those of the file.
 
     Raises:
         SystemExit: If a note is missing.
@@ -61,20 +68,45 @@ def read_trial(file: Path, seed: int = 1) -> Trial:
     notes = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
     if missing := set(_NOTES) - notes.keys():
         raise SystemExit(f"error: {file} has no line '# {min(missing)}: …'")
-    leg = Leg(Run(RUNG, file.stem, lines[0], seed, (), Path()), 1.0)
-    words = [*read_flags(HERE / "base.args"), *RUNG.flags(), *read_flags(file), *leg.schedule()]
+    leg = Leg(Run(rung, file.stem, lines[0], seed, (), Path()), 1.0)
+    words = [*read_flags(HERE / "base.args"), *rung.flags(), *read_flags(file), *leg.schedule()]
     words += ["--seed", str(seed), "--eval-iters", str(EVALUATED), "--eval-interval", "1000000"]
-    flags = tuple(RUNG.fill_in(word) for word in words)
+    flags = tuple(rung.fill_in(word) for word in (*words, *more))
     return Trial(file.stem, lines[0], notes, flags)
 
 
-def result_of(trial: Trial, data_hash: str) -> Path:
+Found = list[tuple[Trial, dict[str, Any]]]
+
+
+def run_trials(trials: Sequence[Trial], data: Data, directory: Path, jobs: int) -> None:
+    """Run the trials that have no result, several at a time, and print a line about each."""
+
+    def work(trial: Trial) -> str:
+        return _run(trial, result_of(trial, data), data, directory)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(work, trials):
+            print(line, flush=True)
+
+
+def find_results(trials: Sequence[Trial], data: Data) -> Found:
+    """Return the trials that have a result, each with it."""
+    targets = ((trial, result_of(trial, data)) for trial in trials)
+    return [(trial, json.loads(file.read_text())) for trial, file in targets if file.exists()]
+
+
+def result_of(trial: Trial, data: Data) -> Path:
     """Return the file of a trial's result."""
-    parts = [trial.notes["arm"], *trial.flags, data_hash]
+    parts = [trial.notes["arm"], *trial.flags, _hash_of(data)]
     return HERE / "trials" / "results" / f"{trial.name}-{digest_of(parts)}.json"
 
 
-def run_trial(trial: Trial, target: Path, data: Data, directory: Path) -> str:
+@functools.cache
+def _hash_of(data: Data) -> str:
+    return hash_of([*data.files, Path(f"{data.valid}.bin")])
+
+
+def _run(trial: Trial, target: Path, data: Data, directory: Path) -> str:
     """Train one model under its arm, unless that is done; return a line about it."""
     if target.exists():
         return f"{trial.name}: {json.loads(target.read_text())['loss']:.4f} (known)"
@@ -83,7 +115,7 @@ def run_trial(trial: Trial, target: Path, data: Data, directory: Path) -> str:
     command = [
         *(sys.executable, "-m", "examples.ladder.trial", trial.notes["arm"], str(target)),
         *trial.flags,
-        *data.flags(f"trial-{trial.name}"),
+        *data.flags(f"trial-{target.stem}"),
         *("--valid-data-path", str(data.valid), "--log-interval", str(LOG_INTERVAL)),
     ]
     run_on_one_thread(command, directory / f"{target.stem}.log", f"the trial {trial.name}")
@@ -145,7 +177,7 @@ _HEAD = (
 )
 
 
-def write_page(found: Sequence[tuple[Trial, dict[str, Any]]], page: Path) -> None:
+def write_page(found: Found, page: Path) -> None:
     """Write the table of all results, and what each trial is."""
     twins = {_width(t): r["loss"] for t, r in found if _is_twin(t)}
     lines = []
@@ -191,23 +223,8 @@ def main() -> None:
     if unknown := set(args.trials or ()) - {trial.name for trial in everything}:
         sys.exit(f"error: there is no {HERE / 'trials' / min(unknown)}.args")
     chosen = [trial for trial in everything if not args.trials or trial.name in args.trials]
-    data_hash = hash_of([*data.files, Path(f"{data.valid}.bin")])
-
-    def locate(trial: Trial) -> Path:
-        return result_of(trial, data_hash)
-
-    def work(trial: Trial) -> str:
-        return run_trial(trial, locate(trial), data, args.directory / "trials")
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for line in pool.map(work, chosen):
-            print(line, flush=True)
-    found = [
-        (trial, json.loads(target.read_text()))
-        for trial, target in zip(everything, map(locate, everything), strict=True)
-        if target.exists()
-    ]
-    write_page(found, HERE / "TRIALS.md")
+    run_trials(chosen, data, args.directory / "trials", args.jobs)
+    write_page(find_results(everything, data), HERE / "TRIALS.md")
     print(f"results: {HERE / 'TRIALS.md'}")
 
 

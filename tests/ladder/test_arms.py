@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.ladder import trials
+from examples.ladder import trials, tune
 from examples.ladder.arms import ARMS
+from examples.ladder.grid import value_of
 from examples.ladder.text import REPOSITORY
 from tests.harness.launch import TINY_MODEL, TINY_TRAINING, pretrain
 from topk_megatron.ops import topk_mask
@@ -107,6 +108,32 @@ def test_a_balance_lets_a_neuron_fire_that_never_did() -> None:
     assert any(fired[-10:])
 
 
+def test_states_are_sparse_behind_attention_too() -> None:
+    arm, x = ARMS["states"](""), states(6)
+    left = arm.leave(x, x, with_k(4), 0)
+    assert torch.equal(left, topk_mask(x, 4))
+    assert torch.equal(arm.read(left, with_k(4)), left)
+    assert torch.equal(arm.read(x, with_k(4)), topk_mask(x, 4))
+
+
+def test_shared_neurons_are_kept_beside_the_largest_others() -> None:
+    x = states(7)
+    left = ARMS["shared"]("count=3").leave(x, x, with_k(8), 0)
+    assert torch.equal(left[..., :3], x[..., :3])
+    assert torch.equal(left[..., 3:], topk_mask(x[..., 3:], 5))
+
+
+def test_a_penalty_adds_its_gradient_and_changes_no_value() -> None:
+    x = states(8).requires_grad_()
+    left = ARMS["penalty"]("by=0.5").leave(x, x, with_k(WIDTH), 0)
+    assert torch.equal(left, x)
+    left.sum().backward()
+    assert x.grad is not None
+    y = x.detach().clone().requires_grad_()
+    (y.sum() + 0.5 * (y.abs().sum(-1) / y.norm(dim=-1)).sum()).backward()
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)
+
+
 def test_an_unknown_option_ends_in_one_line() -> None:
     with pytest.raises(SystemExit, match=r"error: expected options \['by'\], got \{'to'\}"):
         ARMS["leak"]("to=1")
@@ -148,6 +175,27 @@ def test_the_tax_is_that_to_the_twin_of_the_same_width(tmp_path: Path) -> None:
     assert "| `dense-narrow` | 96 | 6 | 4.750 |  |  |" in page.read_text()
     # Its stream is dense, but it is no twin: its MLP is sparse.
     assert "| `mlp` | 192 | 12 | 4.400 | -0.100 | -9.5 |" in page.read_text()
+
+
+def test_every_method_is_tuned_by_the_same_budget(tmp_path: Path) -> None:
+    made = tune.make_trials(["dense", "anneal"], [4, 6])
+    pairs = [(t.name, t.number("--num-layers")) for t in made]
+    assert {pairs.count(pair) for pair in pairs} == {6}
+    rates = {value_of(trial.flags, "--lr") for trial in made}
+    assert rates == set(tune.RATES)
+    losses = {"dense": 5.0, "anneal": 5.1}
+    found: list[tuple[trials.Trial, dict[str, Any]]] = []
+    for trial in made[:12]:
+        warm = trial.number("--lr-warmup-iters") > trial.number("--train-iters") / 10
+        better = trial.name == "anneal" and warm
+        loss = losses[trial.name] + float(value_of(trial.flags, "--lr")) - 0.06 * better
+        found.append((trial, {"loss": loss}))
+    tune.write_page(found, tmp_path / "TUNING.md")
+    text = (tmp_path / "TUNING.md").read_text()
+    # 5.0025 and 5.1025 at a short warm-up, 5.0425 for the TopK model at a long one.
+    assert "| `anneal` | 5.103 | **5.043** | 5.104 |" in text
+    assert "| +0.040 (+0.100) |" in text
+    assert "## Depth 6" not in text
 
 
 @pytest.mark.slow

@@ -97,6 +97,18 @@ def value_of(flags: Sequence[str], name: str) -> str:
     return flags[len(flags) - flags[::-1].index(name)]
 
 
+def last_of_each(flags: Sequence[str]) -> list[str]:
+    """Return the flags with their values, without those that are given again later."""
+    found: dict[str, list[str]] = {}
+    for word in flags:
+        if word.startswith("--"):
+            found.pop(word, None)
+            found[word] = []
+        else:
+            found[next(reversed(found))].append(word)
+    return [word for flag, values in found.items() for word in (flag, *values)]
+
+
 def digest_of(parts: Iterable[str]) -> str:
     """Return ten digits that name what these words decide."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]

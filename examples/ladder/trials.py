@@ -20,7 +20,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
-from examples.ladder.grid import HERE, TWIN, Leg, Run, digest_of, hash_of, value_of  # noqa: E402
+from examples.ladder.grid import HERE, TWIN, Leg, Run, digest_of, hash_of, last_of_each, value_of  # noqa: E402
 from examples.ladder.rungs import Rung  # noqa: E402
 from examples.ladder.text import Data, add_options, prepare  # noqa: E402
 from examples.ladder.training import LOG_INTERVAL, run_on_one_thread  # noqa: E402
@@ -71,7 +71,7 @@ def read_trial(file: Path, seed: int = 1, rung: Rung = RUNG, more: Sequence[str]
     leg = Leg(Run(rung, file.stem, lines[0], seed, (), Path()), 1.0)
     words = [*read_flags(HERE / "base.args"), *rung.flags(), *read_flags(file), *leg.schedule()]
     words += ["--seed", str(seed), "--eval-iters", str(EVALUATED), "--eval-interval", "1000000"]
-    flags = tuple(rung.fill_in(word) for word in (*words, *more))
+    flags = tuple(rung.fill_in(word) for word in last_of_each([*words, *more]))
     return Trial(file.stem, lines[0], notes, flags)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from examples.ladder import trials, tune
 from examples.ladder.arms import ARMS
-from examples.ladder.grid import value_of
+from examples.ladder.grid import last_of_each, value_of
 from examples.ladder.text import REPOSITORY
 from tests.harness.launch import TINY_MODEL, TINY_TRAINING, pretrain
 from topk_megatron.ops import topk_mask
@@ -174,6 +174,11 @@ def test_the_tax_is_that_to_the_twin_of_the_same_width(tmp_path: Path) -> None:
     assert "| `dense-narrow` | 96 | 6 | 4.750 |  |  |" in page.read_text()
     # Its stream is dense, but it is no twin: its MLP is sparse.
     assert "| `mlp` | 192 | 12 | 4.400 | -0.100 | -9.5 |" in page.read_text()
+
+
+def test_a_flag_given_again_replaces_the_one_before() -> None:
+    words = ["--lr", "1", "--bf16", "--size", "3", "4", "--lr", "2", "--bf16"]
+    assert last_of_each(words) == ["--size", "3", "4", "--lr", "2", "--bf16"]
 
 
 def test_every_method_is_tuned_by_the_same_budget(tmp_path: Path) -> None:

@@ -215,14 +215,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--trials", nargs="+", metavar="NAME", help="some of them (default: all)")
+    parser.add_argument(
+        "--trials", nargs="+", metavar="NAME", help="which, in this order (default: all)"
+    )
     args = parser.parse_args()
     data = prepare(args.corpus, args.held_out, args.directory / "data")
     files = sorted((HERE / "trials").glob("*.args"), key=lambda file: (file.stem != TWIN, file))
     everything = [read_trial(file) for file in files]
-    if unknown := set(args.trials or ()) - {trial.name for trial in everything}:
+    by_name = {trial.name: trial for trial in everything}
+    if unknown := set(args.trials or ()) - by_name.keys():
         sys.exit(f"error: there is no {HERE / 'trials' / min(unknown)}.args")
-    chosen = [trial for trial in everything if not args.trials or trial.name in args.trials]
+    chosen = [by_name[name] for name in args.trials or by_name]
     run_trials(chosen, data, args.directory / "trials", args.jobs)
     write_page(find_results(everything, data), HERE / "TRIALS.md")
     print(f"results: {HERE / 'TRIALS.md'}")

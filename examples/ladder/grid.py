@@ -98,14 +98,14 @@ def value_of(flags: Sequence[str], name: str) -> str:
 
 
 def last_of_each(flags: Sequence[str]) -> list[str]:
-    """Return the flags with their values, without those that are given again later."""
+    """Return each flag once, at its first place with its last values."""
     found: dict[str, list[str]] = {}
+    values: list[str] = []
     for word in flags:
         if word.startswith("--"):
-            found.pop(word, None)
-            found[word] = []
+            values = found[word] = []
         else:
-            found[next(reversed(found))].append(word)
+            values.append(word)
     return [word for flag, values in found.items() for word in (flag, *values)]
 
 

@@ -2,8 +2,8 @@
 
     python examples/ladder/tune.py --corpus train.jsonl.zst --held-out valid.jsonl.zst
 
-Every trial is trained once with each pair of learning rate and warm-up, at each depth. The budget
-is therefore the same for a TopK model and for its dense twin.
+Every trial is trained once with each pair of learning rate and warm-up, at each depth, so that the
+budget is the same for a TopK model and for its dense twin. The page has all pairs that were tried.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -20,11 +21,17 @@ from examples.ladder.text import add_options, prepare  # noqa: E402
 from examples.ladder.trials import RUNG, Found, Trial, find_results, read_trial, run_trials  # noqa: E402
 
 RUNGS = {4: Rung(4), RUNG.depth: RUNG}
-RATES = ("2.5e-3", "4e-3", "6.4e-3")
+RATES = ("1.6e-3", "2.5e-3", "4e-3", "6.4e-3")
 WARMUPS = ("{S/20}", "{S/5}")
+Pair = tuple[str, str]  # learning rate, and warm-up in steps
 
 
-def make_trials(names: Sequence[str], depths: Sequence[int]) -> list[Trial]:
+def make_trials(
+    names: Sequence[str],
+    depths: Sequence[int],
+    rates: Sequence[str] = RATES,
+    warmups: Sequence[str] = WARMUPS,
+) -> list[Trial]:
     """Return the trials of all pairs of learning rate and warm-up."""
     return [
         read_trial(
@@ -32,49 +39,55 @@ def make_trials(names: Sequence[str], depths: Sequence[int]) -> list[Trial]:
             rung=RUNGS[depth],
             more=("--lr", rate, "--lr-warmup-iters", warmup),
         )
-        for depth, name, rate, warmup in itertools.product(depths, names, RATES, WARMUPS)
+        for depth, name, rate, warmup in itertools.product(depths, names, rates, warmups)
     ]
 
 
 _PAGE = """# Learning rate and warm-up
 
 Written by `examples/ladder/tune.py`; do not edit. Loss in nats a token on held-out text, one seed.
-The warm-up is a share of the training. The last column is how far the row's best loss is above
-the best one of the dense twin, and, in parentheses, how far it would be if both used the twin's
-best pair.
+The warm-up is a share of the training. The tax is how far the row's best loss is above the best
+one of the dense twin, over the pairs that both were trained with; in parentheses, how far it would
+be if both used the twin's best pair.
 """
 
 
 def write_page(found: Found, page: Path) -> None:
-    """Write a table for each depth, one row for each method."""
-    losses: dict[int, dict[str, dict[tuple[str, str], float]]] = {}
+    """Write a table for each depth, one row for each method and width."""
+    losses: dict[int, dict[str, dict[Pair, float]]] = {}
+    twins: dict[str, str] = {}
     for trial, result in found:
         pair = (value_of(trial.flags, "--lr"), value_of(trial.flags, "--lr-warmup-iters"))
         row = losses.setdefault(trial.number("--num-layers"), {}).setdefault(trial.name, {})
         row[pair] = result["loss"]
-    page.write_text(_PAGE + "".join(_table(depth, rows) for depth, rows in sorted(losses.items())))
+        twins[trial.name] = "wide-dense" if trial.name.startswith("wide-") else TWIN
+    tables = (_table(depth, rows, twins) for depth, rows in sorted(losses.items()))
+    page.write_text(_PAGE + "".join(tables))
 
 
-def _table(depth: int, rows: dict[str, dict[tuple[str, str], float]]) -> str:
+def _table(depth: int, rows: dict[str, dict[Pair, float]], twins: dict[str, str]) -> str:
     rung = RUNGS[depth]
-    pairs = [(rate, rung.fill_in(warmup)) for rate, warmup in itertools.product(RATES, WARMUPS)]
+    tried = {pair for row in rows.values() for pair in row}
+    pairs = sorted(tried, key=lambda pair: (float(pair[0]), int(pair[1])))
     heads = [f"{rate}, {int(steps) / rung.steps:.0%}" for rate, steps in pairs]
     lines = [f"\n## Depth {depth}, {rung.tokens():,} tokens\n"]
     lines.append(f"| method | {' | '.join(heads)} | tax, nats |\n|{'---|' * (len(heads) + 2)}")
-    twin = rows.get(TWIN, {})
     for name, row in rows.items():
         best = min(row.values())
-        cells = [
-            f"**{row[p]:.3f}**" if row[p] == best else f"{row[p]:.3f}" for p in pairs if p in row
-        ]
-        if len(cells) < len(pairs):
-            continue
-        tax = ""
-        if name != TWIN and len(twin) == len(pairs):
-            same = min(pairs, key=lambda pair: twin[pair])
-            tax = f"{best - twin[same]:+.3f} ({row[same] - twin[same]:+.3f})"
+        cells = [f"{row[pair]:.3f}" if pair in row else "" for pair in pairs]
+        cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
+        tax = "" if name == twins[name] else _tax(row, rows.get(twins[name], {}))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {tax} |")
     return "\n".join(lines) + "\n"
+
+
+def _tax(row: dict[Pair, float], twin: dict[Pair, float]) -> str:
+    both = sorted(row.keys() & twin.keys())
+    if not both:
+        return ""
+    same = min(both, key=lambda pair: twin[pair])
+    tuned = min(row[pair] for pair in both) - twin[same]
+    return f"{tuned:+.3f} ({row[same] - twin[same]:+.3f})"
 
 
 def main() -> None:
@@ -84,17 +97,19 @@ def main() -> None:
     )
     add_options(parser)
     names = sorted(file.stem for file in (HERE / "trials").glob("*.args"))
-    chosen = {"choices": names, "metavar": "NAME", "nargs": "+"}
-    parser.add_argument("--trials", default=[TWIN, "anneal", "reads-6"], **chosen)
-    depths = {"choices": sorted(RUNGS), "metavar": "D", "nargs": "+", "type": int}
-    parser.add_argument("--depths", default=sorted(RUNGS), **depths)
+    some: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--trials", default=[TWIN, "anneal", "reads-6"], choices=names, **some)
+    parser.add_argument(
+        "--depths", default=sorted(RUNGS), choices=sorted(RUNGS), type=int, nargs="+"
+    )
+    for name, values in (("--rates", RATES), ("--warmups", WARMUPS)):
+        parser.add_argument(name, nargs="+", default=values, choices=values, metavar="VALUE")
     args = parser.parse_args()
     data = prepare(args.corpus, args.held_out, args.directory / "data")
-    run_trials(make_trials(args.trials, args.depths), data, args.directory / "tuning", args.jobs)
-    write_page(
-        find_results(make_trials([TWIN, *(n for n in names if n != TWIN)], sorted(RUNGS)), data),
-        HERE / "TUNING.md",
-    )
+    chosen = make_trials(args.trials, args.depths, args.rates, args.warmups)
+    run_trials(chosen, data, args.directory / "tuning", args.jobs)
+    everything = make_trials([TWIN, *(name for name in names if name != TWIN)], sorted(RUNGS))
+    write_page(find_results(everything, data), HERE / "TUNING.md")
     print(f"results: {HERE / 'TUNING.md'}")
 
 

@@ -173,9 +173,7 @@ class Balance(TopK):
 class States(TopK):
     """A TopK after every layer, and another on what the MLP reads, behind attention."""
 
-    def read(self, x: Tensor, topk: TopKRuntime) -> Tensor:
-        """Return the k largest; of a layer's output these are all that is left."""
-        return topk_mask(x, topk.k, mode=topk.config.mode)
+    read = Reads.read  # of a layer's output, all that is left
 
 
 class Shared(TopK):

@@ -179,12 +179,12 @@ _HEAD = (
 
 def write_page(found: Found, page: Path) -> None:
     """Write the table of all results, and what each trial is."""
-    twins = {_width(t): r["loss"] for t, r in found if _is_twin(t)}
+    twins = {width_of(t): r["loss"] for t, r in found if is_twin(t)}
     lines = []
     for trial, result in found:
-        one, width, k = summarise(result), _width(trial), trial.number("--topk-k")
+        one, width, k = summarise(result), width_of(trial), trial.number("--topk-k")
         tax = ("", "")
-        if not _is_twin(trial) and width in twins:
+        if not is_twin(trial) and width in twins:
             nats = one.loss - twins[width]
             tax = (f"{nats:+.3f}", f"{100 * math.expm1(nats):+.1f}")
         floor = result["entropy_of_tokens"] - math.log2(width / k)
@@ -200,12 +200,13 @@ def write_page(found: Found, page: Path) -> None:
     page.write_text("\n\n".join(parts) + "\n")
 
 
-def _is_twin(trial: Trial) -> bool:
+def is_twin(trial: Trial) -> bool:
     """Return whether nothing is masked, neither on the stream nor inside the MLP."""
     return trial.notes["arm"] == TWIN and "--topk-mlp-k" not in trial.flags
 
 
-def _width(trial: Trial) -> int:
+def width_of(trial: Trial) -> int:
+    """Return H."""
     return trial.number("--hidden-size")
 
 

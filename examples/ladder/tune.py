@@ -18,7 +18,16 @@ sys.path.insert(0, str(REPOSITORY))
 from examples.ladder.grid import HERE, TWIN, value_of  # noqa: E402
 from examples.ladder.rungs import Rung  # noqa: E402
 from examples.ladder.text import add_options, prepare  # noqa: E402
-from examples.ladder.trials import RUNG, Found, Trial, find_results, read_trial, run_trials  # noqa: E402
+from examples.ladder.trials import (  # noqa: E402
+    RUNG,
+    Found,
+    Trial,
+    find_results,
+    is_twin,
+    read_trial,
+    run_trials,
+    width_of,
+)
 
 RUNGS = {4: Rung(4), RUNG.depth: RUNG}
 RATES = ("1.6e-3", "2.5e-3", "4e-3", "6.4e-3")
@@ -47,25 +56,25 @@ _PAGE = """# Learning rate and warm-up
 
 Written by `examples/ladder/tune.py`; do not edit. Loss in nats a token on held-out text, one seed.
 The warm-up is a share of the training. The tax is how far the row's best loss is above the best
-one of the dense twin, over the pairs that both were trained with; in parentheses, how far it would
-be if both used the twin's best pair.
+one of the dense model of its width, over the pairs that both were trained with; in parentheses,
+how far it would be if both used that model's best pair.
 """
 
 
 def write_page(found: Found, page: Path) -> None:
     """Write a table for each depth, one row for each method and width."""
     losses: dict[int, dict[str, dict[Pair, float]]] = {}
-    twins: dict[str, str] = {}
+    twins = {width_of(trial): trial.name for trial, _ in found if is_twin(trial)}
+    twin_of = {trial.name: twins.get(width_of(trial), "") for trial, _ in found}
     for trial, result in found:
         pair = (value_of(trial.flags, "--lr"), value_of(trial.flags, "--lr-warmup-iters"))
         row = losses.setdefault(trial.number("--num-layers"), {}).setdefault(trial.name, {})
         row[pair] = result["loss"]
-        twins[trial.name] = "wide-dense" if trial.name.startswith("wide-") else TWIN
-    tables = (_table(depth, rows, twins) for depth, rows in sorted(losses.items()))
+    tables = (_table(depth, rows, twin_of) for depth, rows in sorted(losses.items()))
     page.write_text(_PAGE + "".join(tables))
 
 
-def _table(depth: int, rows: dict[str, dict[Pair, float]], twins: dict[str, str]) -> str:
+def _table(depth: int, rows: dict[str, dict[Pair, float]], twin_of: dict[str, str]) -> str:
     rung = RUNGS[depth]
     tried = {pair for row in rows.values() for pair in row}
     pairs = sorted(tried, key=lambda pair: (float(pair[0]), int(pair[1])))
@@ -76,7 +85,8 @@ def _table(depth: int, rows: dict[str, dict[Pair, float]], twins: dict[str, str]
         best = min(row.values())
         cells = [f"{row[pair]:.3f}" if pair in row else "" for pair in pairs]
         cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
-        tax = "" if name == twins[name] else _tax(row, rows.get(twins[name], {}))
+        twin = rows.get(twin_of[name], {})
+        tax = "" if name == twin_of[name] else _tax(row, twin)
         lines.append(f"| `{name}` | {' | '.join(cells)} | {tax} |")
     return "\n".join(lines) + "\n"
 
